@@ -1,0 +1,182 @@
+"""Make the virtual environment in .venv, or find that it is already right.
+
+    python3 bin/environment.py run      the server and the worker
+    python3 bin/environment.py test     those, and all that tests and checks need
+
+Takes pyproject.toml (what is needed), config/requirements.lock (which versions) and pip's own configuration (from where).
+Gives .venv with the project installed from this tree. A second call with nothing changed returns at once. What stops it is said in one
+line. Only the standard library is used, and no syntax newer than Python 3.6, so that an old Python can say that it is too old.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed.txt"
+LOCK = ROOT / "config" / "requirements.lock"
+
+OLDEST_PYTHON = (3, 11)
+UV = "uv==0.13.9"
+EXTRAS = {"run": "server,worker", "test": "server,worker,dev"}
+# Measured: an environment with torch's CPU build takes 1.8 GB, its downloads 1 GB; with the CUDA build about four times that.
+FIRST_INSTALL_BYTES = 3 * 10**9
+FIRST_CUDA_INSTALL_BYTES = 12 * 10**9
+LATER_INSTALL_BYTES = 3 * 10**8
+
+
+class Refusal(Exception):
+    """Why no environment can be made: one line for the person who asked."""
+
+
+def main(arguments):
+    purpose = arguments[0] if arguments else "run"
+    if purpose not in EXTRAS:
+        print("environment: say one of {}, not {!r}".format(", ".join(EXTRAS), purpose), file=sys.stderr)
+        return 2
+    try:
+        make(purpose)
+    except Refusal as refusal:
+        print("environment: {}".format(refusal), file=sys.stderr)
+        return 1
+    return 0
+
+
+def make(purpose):
+    """Bring .venv to what `purpose` needs; returns at once when it is there."""
+    check_python(sys.version_info)
+    wanted = fingerprint()
+    if installed() in ((purpose, wanted), ("test", wanted)):
+        return
+    cuda = has_cuda()
+    check_disk(shutil.disk_usage(str(ROOT)).free, already_made=installed() is not None, cuda=cuda)
+    print("environment: making .venv for `{}`; the first time this takes a minute or more".format(purpose), flush=True)
+    STAMP.exists() and STAMP.unlink()
+    make_venv()
+    install("-c", str(LOCK), "-e", ".[{}]".format(EXTRAS[purpose]), cuda=cuda)
+    STAMP.write_text("{} {}\n".format(purpose, wanted))
+    print("environment: .venv is ready", flush=True)
+
+
+def check_python(version):
+    """Refuse a Python that the project cannot run on."""
+    if tuple(version[:2]) < OLDEST_PYTHON:
+        raise Refusal(
+            "Python {}.{} is too old, {}.{} or newer is needed; name one with `make PYTHON=/path/to/python3 ...`".format(
+                version[0], version[1], *OLDEST_PYTHON
+            )
+        )
+
+
+def check_disk(free_bytes, already_made, cuda):
+    """Refuse to begin an installation that the disk cannot hold."""
+    needed = LATER_INSTALL_BYTES if already_made else FIRST_CUDA_INSTALL_BYTES if cuda else FIRST_INSTALL_BYTES
+    if free_bytes < needed:
+        raise Refusal(
+            "the disk of {} has {:.1f} GB free, the installation needs about {:.1f} GB".format(
+                ROOT, free_bytes / 1e9, needed / 1e9
+            )
+        )
+
+
+def fingerprint():
+    """All that an installation depends on, as one word."""
+    digest = hashlib.sha256()
+    for path in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes())
+    digest.update("{}.{} {}".format(sys.version_info[0], sys.version_info[1], ROOT).encode())
+    digest.update(" ".join(name for name in ("server", "worker", "zcore") if (ROOT / name).is_dir()).encode())
+    return digest.hexdigest()[:32]
+
+
+def installed():
+    """What the last finished installation was: (purpose, fingerprint), or None."""
+    try:
+        purpose, made_of = STAMP.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return (purpose, made_of) if PYTHON.exists() else None
+
+
+def has_cuda():
+    """Whether this machine has an NVIDIA driver that answers."""
+    found = shutil.which("nvidia-smi")
+    return found is not None and subprocess.call([found], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+
+
+def make_venv():
+    """Make .venv with pip inside, anew when it belongs to another Python."""
+    try:
+        import ensurepip  # noqa: F401  Debian ships it in a package of its own
+        import venv
+    except ImportError:
+        raise Refusal(
+            "this Python cannot make virtual environments; on Debian: apt-get install python3-venv"
+        ) from None
+    same = [str(PYTHON), "-c", "import sys, pip; print(sys.version_info[:2])"]
+    made = subprocess.run(same, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) if PYTHON.exists() else None
+    if made is None or made.stdout.decode().strip() != str(tuple(sys.version_info[:2])):
+        try:
+            venv.create(str(VENV), clear=True, with_pip=True, symlinks=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise Refusal("no virtual environment could be made in {}: {}".format(VENV, error)) from None
+
+
+def install(*wanted, cuda):
+    """Install by uv where it can be had, trying the smaller CPU build of torch first, else by pip."""
+    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
+    attempts = [pip + ["install", *wanted]]
+    if subprocess.call(pip + ["install", "--quiet", UV], stderr=subprocess.DEVNULL) == 0:
+        attempts = [uv_command(*wanted, torch=option) for option in torch_options(cuda)] + attempts
+    for attempt in attempts:
+        if subprocess.call(attempt, cwd=str(ROOT)) == 0:
+            return
+        print("environment: that way did not work; trying the next one", file=sys.stderr, flush=True)
+    free_bytes = shutil.disk_usage(str(ROOT)).free
+    if free_bytes < LATER_INSTALL_BYTES:
+        raise Refusal("the disk of {} is full".format(ROOT))
+    raise Refusal("the packages could not be installed; the lines above say why")
+
+
+def torch_options(cuda):
+    """Which builds of torch to ask uv for, the best first.
+
+    uv does not read pip's configuration: wheels that this machine keeps for pip are shown to it. Without such wheels, a machine without a GPU
+    asks PyTorch's own index for the CPU build, which is a tenth of the size, and takes the usual one where that index cannot be reached.
+    """
+    folders = pip_setting("find-links").split()
+    if folders:
+        return [[part for folder in folders for part in ("--find-links", folder)]]
+    return [[]] if cuda else [["--torch-backend", "cpu"], []]
+
+
+def uv_command(*wanted, torch):
+    index = pip_setting("index-url")
+    return [
+        str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON),
+        *(["--default-index", index] if index else []), *torch, *wanted,
+    ]  # fmt: skip
+
+
+def pip_setting(name):
+    """A setting of pip's, from its environment variable or its files; empty when unset."""
+    from_environment = os.environ.get("PIP_" + name.upper().replace("-", "_"))
+    if from_environment is not None:
+        return from_environment
+    for section in ("global", "install"):
+        asked = subprocess.run(
+            [str(PYTHON), "-m", "pip", "config", "get", section + "." + name],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        if asked.returncode == 0:
+            return asked.stdout.decode().strip()
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
