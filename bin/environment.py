@@ -3,9 +3,10 @@
     python3 bin/environment.py run      the server and the worker
     python3 bin/environment.py test     those, and all that tests and checks need
 
-Takes pyproject.toml (what is needed), config/requirements.lock (which versions) and pip's own configuration (from where).
-Gives .venv with the project installed from this tree. A second call with nothing changed returns at once. What stops it is said in one
-line. Only the standard library is used, and no syntax newer than Python 3.6, so that an old Python can say that it is too old.
+Takes pyproject.toml (what is needed), config/requirements.lock (which versions) and pip's own configuration (from
+where). Gives .venv with the project installed from this tree; a second call with nothing changed returns at once.
+What stops it is said in one line. Uses only the standard library, and no syntax newer than Python 3.6, so that an old
+Python can say that it is too old. Does not know what the project does.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ LOCK = ROOT / "config" / "requirements.lock"
 OLDEST_PYTHON = (3, 11)
 UV = "uv==0.13.9"
 EXTRAS = {"run": "server,worker", "test": "server,worker,dev"}
-# Measured: an environment with torch's CPU build takes 1.8 GB, its downloads 1 GB; with the CUDA build about four times that.
+# Measured: an environment with torch's CPU build takes 1.8 GB, and its downloads 1 GB while they are unpacked. The CUDA
+# build brings several GB of companions.
 FIRST_INSTALL_BYTES = 3 * 10**9
 FIRST_CUDA_INSTALL_BYTES = 12 * 10**9
 LATER_INSTALL_BYTES = 3 * 10**8
@@ -56,8 +58,9 @@ def make(purpose):
     cuda = has_cuda()
     check_disk(shutil.disk_usage(str(ROOT)).free, already_made=installed() is not None, cuda=cuda)
     print("environment: making .venv for `{}`; the first time this takes a minute or more".format(purpose), flush=True)
-    STAMP.exists() and STAMP.unlink()
     make_venv()
+    if STAMP.exists():
+        STAMP.unlink()
     install("-c", str(LOCK), "-e", ".[{}]".format(EXTRAS[purpose]), cuda=cuda)
     STAMP.write_text("{} {}\n".format(purpose, wanted))
     print("environment: .venv is ready", flush=True)
@@ -67,7 +70,7 @@ def check_python(version):
     """Refuse a Python that the project cannot run on."""
     if tuple(version[:2]) < OLDEST_PYTHON:
         raise Refusal(
-            "Python {}.{} is too old, {}.{} or newer is needed; name one with `make PYTHON=/path/to/python3 ...`".format(
+            "Python {}.{} is too old, {}.{} or newer is needed; name one: make PYTHON=/path/to/python3 ...".format(
                 version[0], version[1], *OLDEST_PYTHON
             )
         )
@@ -115,9 +118,7 @@ def make_venv():
         import ensurepip  # noqa: F401  Debian ships it in a package of its own
         import venv
     except ImportError:
-        raise Refusal(
-            "this Python cannot make virtual environments; on Debian: apt-get install python3-venv"
-        ) from None
+        raise Refusal("this Python cannot make virtual environments; on Debian: apt-get install python3-venv") from None
     same = [str(PYTHON), "-c", "import sys, pip; print(sys.version_info[:2])"]
     made = subprocess.run(same, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) if PYTHON.exists() else None
     if made is None or made.stdout.decode().strip() != str(tuple(sys.version_info[:2])):
@@ -146,8 +147,9 @@ def install(*wanted, cuda):
 def torch_options(cuda):
     """Which builds of torch to ask uv for, the best first.
 
-    uv does not read pip's configuration: wheels that this machine keeps for pip are shown to it. Without such wheels, a machine without a GPU
-    asks PyTorch's own index for the CPU build, which is a tenth of the size, and takes the usual one where that index cannot be reached.
+    uv does not read pip's configuration, so wheels that this machine keeps for pip are shown to it. Without such
+    wheels, a machine without a GPU asks PyTorch's own index for the CPU build, which is a tenth of the size, and takes
+    the usual one where that index cannot be reached.
     """
     folders = pip_setting("find-links").split()
     if folders:
