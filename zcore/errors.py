@@ -1,0 +1,140 @@
+"""Every error this product raises on purpose, as one tree.
+
+    ZImageError
+    ├── ConfigurationError        a setting, profile or file of settings is wrong
+    ├── InvalidRequest            the caller's input is outside its bounds
+    │   └── PromptTooLong         the prompt has more tokens than the model can place
+    ├── NotFound                  the thing named does not exist
+    ├── Gone                      it existed, and was purged
+    ├── Conflict                  the job's state does not allow what was asked
+    ├── Unauthorized              no key, or a wrong one
+    ├── CheckpointError           the model cannot be loaded as configured
+    ├── OutOfMemory               the accelerator's memory did not suffice
+    ├── StorageError              the object store did not take or give an object
+    └── Interruption              a running generation was asked to stop; says how, not a fault
+        ├── GenerationCanceled    the caller wants it no more
+        ├── GenerationHandedBack  this worker is going away; another takes the job
+        └── LeaseLost             the job belongs to another worker by now
+
+Takes nothing, gives types. Does not know HTTP: `server.problems` maps these to status codes.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class ZImageError(Exception):
+    """Base of all deliberate errors.
+
+    `code` is stable for machines, `retryable` says whether the same work may succeed later.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigurationError(ZImageError):
+    """A setting is unknown, malformed or asks for what cannot be."""
+
+    code = "invalid_configuration"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One field that is wrong. `pointer` is a JSON pointer (RFC 6901) into the request's body, as in `/width`."""
+
+    pointer: str
+    detail: str
+
+
+class InvalidRequest(ZImageError):
+    """The request is outside its bounds; `errors` names every field that is, not only the first."""
+
+    code = "invalid_request"
+
+    def __init__(self, errors: list[FieldError]) -> None:
+        super().__init__("; ".join(f"{error.pointer.removeprefix('/')}: {error.detail}" for error in errors))
+        self.errors = errors
+
+    @classmethod
+    def field(cls, name: str, detail: str) -> "InvalidRequest":
+        """The common case: one field is wrong."""
+        return cls([FieldError(f"/{name}", detail)])
+
+
+class PromptTooLong(InvalidRequest):
+    """The formatted prompt has more tokens than the transformer can place."""
+
+    code = "prompt_too_long"
+
+
+class NotFound(ZImageError):
+    """The thing named does not exist."""
+
+    code = "not_found"
+
+
+class Gone(ZImageError):
+    """The thing named existed and was purged after its retention time."""
+
+    code = "gone"
+
+
+class Conflict(ZImageError):
+    """The job's state does not allow what was asked."""
+
+    code = "conflict"
+
+
+class Unauthorized(ZImageError):
+    """The caller gave no key, or a wrong one."""
+
+    code = "unauthorized"
+
+
+class CheckpointError(ZImageError):
+    """The model cannot be loaded as configured: the folder, a file in it, or the device is not what it has to be."""
+
+    code = "model_unavailable"
+
+
+class OutOfMemory(ZImageError):
+    """The accelerator's memory did not suffice for this picture."""
+
+    code = "gpu_out_of_memory"
+
+
+class StorageError(ZImageError):
+    """The object store did not take or give an object, after the retries of the client."""
+
+    code = "storage_unavailable"
+    retryable = True
+
+
+class Interruption(ZImageError):
+    """Raised out of a progress callback to stop a generation between two steps."""
+
+    code = "interrupted"
+    retryable = True
+
+
+class GenerationCanceled(Interruption):
+    """The caller wants the picture no more."""
+
+    code = "canceled"
+
+
+class GenerationHandedBack(Interruption):
+    """This worker is shutting down; the job returns to the queue without an attempt counted."""
+
+    code = "handed_back"
+
+
+class LeaseLost(Interruption):
+    """The job's lease went to another worker; nothing that this one does may be written any more."""
+
+    code = "lease_lost"
