@@ -1,0 +1,18 @@
+"""Waiting for something to become true, instead of sleeping and hoping."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+Found = TypeVar("Found")
+
+
+def wait_until(condition: Callable[[], Found], timeout_s: float = 30.0, every_s: float = 0.02) -> Found:
+    """The first true answer of `condition`, asked again and again; an AssertionError when none comes in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            name = getattr(condition, "__name__", repr(condition))
+            raise AssertionError(f"{name} was not true within {timeout_s:g} s; its last answer was {found!r}")
+        time.sleep(every_s)
+    return found
