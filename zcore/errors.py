@@ -8,6 +8,7 @@
     ├── Gone                      it existed, and was purged
     ├── Conflict                  the job's state does not allow what was asked
     ├── Unauthorized              no key, or a wrong one
+    ├── InvalidLink               a signed link is tampered with or too old
     ├── CheckpointError           the model cannot be loaded as configured
     ├── OutOfMemory               the accelerator's memory did not suffice
     ├── StorageError              the object store did not take or give an object
@@ -94,6 +95,12 @@ class Unauthorized(ZImageError):
     """The caller gave no key, or a wrong one."""
 
     code = "unauthorized"
+
+
+class InvalidLink(ZImageError):
+    """A signed link to an object is tampered with, or older than its expiry."""
+
+    code = "invalid_link"
 
 
 class CheckpointError(ZImageError):

@@ -255,7 +255,8 @@ def load_settings(
     """Settings of this process.
 
     `overrides` are dotted keys of the command line (`{"server.port": 9000}`); `file` is `--config`, before
-    ZIMAGE_CONFIG, before `config/config.toml`. The profile is `overrides["profile"]`, before ZIMAGE_PROFILE, before `default`.
+    ZIMAGE_CONFIG, before `config/config.toml`. The profile is `overrides["profile"]`, before ZIMAGE_PROFILE, before
+    `default`.
     Raises `ConfigurationError` for an unreadable file, an unknown key or profile (naming the nearest valid one) and a
     value out of bounds.
     """

@@ -6,7 +6,7 @@ URLs: every link stands in the object. Does not know how links are signed.
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -74,11 +74,13 @@ class JobResource(msgspec.Struct, frozen=True):
     urls: JobUrls | None
 
 
-class Link(msgspec.Struct, frozen=True):
-    """A link to an object that works without a key until it expires."""
+class Link(Protocol):
+    """A link to an object that works without a key until it expires, as `zcore.storage` makes them."""
 
-    url: str
-    expires_at: datetime
+    @property
+    def url(self) -> str: ...
+    @property
+    def expires_at(self) -> datetime: ...
 
 
 def describe(job: Job, public_url: str, link: Callable[[str], Link], queue_position: int | None = None) -> JobResource:
@@ -113,9 +115,10 @@ def snapshot(job: Job) -> JobResource:
 
 def linked(resource: JobResource, keys: Mapping[int, str], public_url: str, link: Callable[[str], Link]) -> JobResource:
     """The same job with fresh links; an output whose index is not in `keys` was purged and gets none."""
+    links = {index: link(key) for index, key in keys.items()}
     outputs = [
-        msgspec.structs.replace(output, **msgspec.structs.asdict(link(keys[output.index])))
-        if output.index in keys
+        msgspec.structs.replace(output, url=links[output.index].url, expires_at=links[output.index].expires_at)
+        if output.index in links
         else output
         for output in resource.outputs
     ]

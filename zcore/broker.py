@@ -1,0 +1,102 @@
+"""The doorbell: a Celery app that both processes agree on, and a thread that rings it.
+
+Takes the broker's settings; gives the app, the names on it, and `Doorbell`. A ring carries nothing that the database
+does not know better: it only wakes a worker, which then claims what is due. Lost, doubled and late rings are harmless.
+Contains no task code.
+"""
+
+import contextlib
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from zcore.settings import Settings
+from zcore.telemetry import log
+
+GENERATE_QUEUE = "zimage.generate"
+DRAIN_TASK = "zimage.drain"
+# A ring that nobody heard for this long is worth nothing: the clock rings again for jobs that still wait.
+RING_LIFE_S = 60
+PENDING_RINGS = 64
+REDIS_OPTIONS: dict[str, Any] = {
+    # A hung Redis must not hold a publisher: without these a publish blocked for more than 45 s.
+    "socket_timeout": 5,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+    "global_keyprefix": "zimage:",
+}
+
+
+def make_app(settings: Settings) -> Celery:
+    """The Celery app of this installation; a folder in `data_dir` is the broker where no URL is set."""
+    app = Celery("zimage", broker=settings.broker.url or "filesystem://")
+    options: dict[str, Any] = {}
+    if not settings.broker.url:
+        options = _folder_options(settings.data_path / "broker")
+    elif settings.broker.url.startswith(("redis", "rediss", "sentinel")):
+        options = REDIS_OPTIONS
+    app.conf.update(
+        broker_transport_options=options,
+        broker_connection_retry_on_startup=True,
+        task_default_queue=GENERATE_QUEUE,
+        task_ignore_result=True,
+        # Acknowledged when taken: who works on what is the database's business, and a lost ring is rung again.
+        task_acks_late=False,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=False,
+    )
+    return app
+
+
+class Doorbell:
+    """Rings from a thread of its own, so that neither a slow nor a dead broker can hold a request."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._pending: queue.Queue[bool] = queue.Queue(maxsize=PENDING_RINGS)
+        self._thread = threading.Thread(target=self._ring_on, name="doorbell", daemon=True)
+        self._thread.start()
+
+    def announce(self) -> None:
+        """Wakes one worker, soon. Never blocks, never raises: with many rings pending one more adds nothing."""
+        with contextlib.suppress(queue.Full):
+            self._pending.put_nowait(True)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Rings what is pending and ends the thread."""
+        try:
+            self._pending.put(False, timeout=timeout_s)
+        except queue.Full:
+            return
+        self._thread.join(timeout_s)
+
+    def _ring_on(self) -> None:
+        while self._pending.get():
+            try:
+                self._app.send_task(
+                    DRAIN_TASK,
+                    queue=GENERATE_QUEUE,
+                    expires=RING_LIFE_S,
+                    retry_policy={"max_retries": 1, "interval_start": 0.1},
+                )
+            except (OperationalError, OSError) as fault:
+                log.warning("doorbell.failed", error=str(fault))
+
+
+def _folder_options(folder: Path) -> dict[str, Any]:
+    """kombu's filesystem transport: both ends use one folder, looked at twenty times a second."""
+    for name in ("queue", "processed", "control"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    return {
+        "data_folder_in": str(folder / "queue"),
+        "data_folder_out": str(folder / "queue"),
+        "processed_folder": str(folder / "processed"),
+        "control_folder": str(folder / "control"),
+        "polling_interval": 0.05,
+    }

@@ -1,0 +1,55 @@
+"""The secrets of an installation: taken from the settings, or made at first start and kept in `data_dir`.
+
+Gives `Keys`. A secret that is neither configured nor on disk is made once, by whichever process comes first, in a file
+that only its owner can read. Hosts that share no `data_dir` need the three settings. Does not know what they protect.
+"""
+
+import base64
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from zcore.settings import Settings
+
+WEBHOOK_SECRET_PREFIX = "whsec_"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """`admin` opens the admin pages, `link` signs links to pictures, `webhook` (`whsec_...`) signs webhooks."""
+
+    admin: str
+    link: str
+    webhook: str
+
+
+def load_keys(settings: Settings) -> Keys:
+    """The secrets of this installation. Writes `data_dir/keys/` where a secret has to be made."""
+    folder = settings.data_path / "keys"
+    return Keys(
+        admin=settings.server.admin_key or _kept(folder / "admin", lambda: f"zadm_{secrets.token_urlsafe(24)}"),
+        link=settings.storage.link_key or _kept(folder / "link", lambda: secrets.token_urlsafe(32)),
+        webhook=settings.webhooks.secret or _kept(folder / "webhook", _new_webhook_secret),
+    )
+
+
+def _new_webhook_secret() -> str:
+    return WEBHOOK_SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def _kept(path: Path, make: Callable[[], str]) -> str:
+    """The file's content; written whole and linked into place, so that of two processes both see the first one's."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        draft.touch(mode=0o600)
+        draft.write_text(make(), encoding="ascii")
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    return path.read_text(encoding="ascii").strip()
