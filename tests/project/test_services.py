@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -74,12 +76,19 @@ def test_no_test_can_connect_beyond_this_machine() -> None:
         socket.create_connection(("192.0.2.1", 80), timeout=1)
 
 
-def test_the_services_end_with_the_run_even_when_it_is_killed(tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[str]:
+    """A folder for temporary files that other accounts can reach too, as PostgreSQL's has to be under root."""
+    with tempfile.TemporaryDirectory(prefix="zimage-killed-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        yield folder
+
+
+def test_the_services_end_with_the_run_even_when_it_is_killed(open_folder: str) -> None:
     if any(name.startswith("ZIMAGE_TEST_") for name in os.environ):
         pytest.skip("this run was given services that are not its own")
-    environment = {**os.environ, "PYTHONPATH": str(TREE), "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(TREE), "TMPDIR": open_folder}
     command = [sys.executable, "-c", START_ALL_AND_WAIT]
-    tmp_path.parent.chmod(0o755), tmp_path.chmod(0o755)
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         ports = [int(port) for port in run.stdout.readline().split()]
