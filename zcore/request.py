@@ -6,9 +6,10 @@ database, the tokenizer (lengths in tokens are checked where one is at hand) or 
 """
 
 import difflib
+import re
 import secrets
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -21,12 +22,15 @@ SIZE_MULTIPLE_PX = 16
 PROMPT_LIMIT_CHARACTERS = 16_384
 METADATA_LIMIT_BYTES = 1024
 
-Shape = TypeVar("Shape", bound=msgspec.Struct)
+# What neither PostgreSQL nor UTF-8 can hold.
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 Side = Annotated[
     int,
     Meta(ge=64, le=8192, multiple_of=SIZE_MULTIPLE_PX, description="Pixels; a multiple of 16 from 64 to 8192."),
 ]
+Steps = Annotated[int, Meta(ge=1, le=50, description="Transformer forwards; 8 is what the model was distilled for.")]
+Shift = Annotated[float, Meta(ge=0.1, le=20.0, description="Flow-matching schedule shift.")]
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -40,10 +44,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     template: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     width: Side = 1024
     height: Side = 1024
-    steps: Annotated[
-        int, Meta(ge=1, le=50, description="Transformer forwards; 8 is what the model was distilled for.")
-    ] = 8
-    shift: Annotated[float, Meta(ge=0.1, le=20.0, description="Flow-matching schedule shift.")] = 3.0
+    steps: Steps = 8
+    shift: Shift = 3.0
     seed: Annotated[
         int,
         Meta(ge=0, le=SEED_BOUND - 1, description="0 to 2^63-1; chosen at random, stored and returned when absent."),
@@ -75,10 +77,10 @@ class Submission(msgspec.Struct, frozen=True):
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     """What the operator's settings fill in where the caller is silent."""
 
-    width: int = 1024
-    height: int = 1024
-    steps: int = 8
-    shift: float = 3.0
+    width: Side = 1024
+    height: Side = 1024
+    steps: Steps = 8
+    shift: Shift = 3.0
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,27 +89,21 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     `max_pixels` counts one picture's width times height.
     """
 
-    max_pixels: int = 4096 * 4096
+    max_pixels: Annotated[int, Meta(ge=64 * 64)] = 4096 * 4096
 
 
 def parse_submission(body: Mapping[str, Any], defaults: GenerationDefaults, limits: RequestLimits) -> Submission:
     """The whole body of a submission. Raises `InvalidRequest` naming every field that is wrong."""
     request_fields = {name: value for name, value in body.items() if name not in Delivery.__struct_fields__}
     delivery_fields = {name: value for name, value in body.items() if name in Delivery.__struct_fields__}
+    decided = {**msgspec.to_builtins(defaults), "seed": secrets.randbelow(SEED_BOUND), **request_fields}
     errors: list[FieldError] = []
-    request = _convert(
-        {**msgspec.to_builtins(defaults), "seed": secrets.randbelow(SEED_BOUND), **request_fields},
-        GenerationRequest,
-        errors,
-    )
-    delivery = _convert(delivery_fields, Delivery, errors)
-    if request is not None:
-        errors.extend(_request_faults(request, limits))
-    if delivery is not None:
-        errors.extend(_delivery_faults(delivery))
-    if errors or request is None or delivery is None:
+    request = _valid_fields(decided, GenerationRequest, errors)
+    delivery = _valid_fields(delivery_fields, Delivery, errors)
+    errors += [*_request_faults(request, limits), *_delivery_faults(delivery)]
+    if errors:
         raise InvalidRequest(errors)
-    return Submission(request, delivery)
+    return Submission(GenerationRequest(**request), Delivery(**delivery))
 
 
 def parse_generation(
@@ -127,46 +123,73 @@ def parse_generation(
     return parse_submission(fields, defaults or GenerationDefaults(), limits or RequestLimits()).request
 
 
-def _convert(fields: Mapping[str, Any], shape: type[Shape], errors: list[FieldError]) -> Shape | None:
-    """Each field by itself, so that one answer names every fault."""
+def _valid_fields(fields: Mapping[str, Any], shape: type[msgspec.Struct], errors: list[FieldError]) -> dict[str, Any]:
+    """Each field by itself, so that one answer names every fault: those that are right; the others go to `errors`."""
     known = {field.name: field for field in msgspec.structs.fields(shape)}
-    faults = [FieldError(f"/{name}", _unknown_field(name)) for name in fields if name not in known]
+    errors += [FieldError(_pointer(name), _unknown_field(name)) for name in fields if name not in known]
     values: dict[str, Any] = {}
     for name, field in known.items():
         if name not in fields:
             if field.required:
-                faults.append(FieldError(f"/{name}", "is required"))
+                errors.append(FieldError(_pointer(name), "is required"))
             continue
         try:
-            values[name] = msgspec.convert(fields[name], field.type)
+            value = msgspec.convert(fields[name], field.type)
         except msgspec.ValidationError as fault:
-            faults.append(FieldError(f"/{name}", _said_plainly(str(fault))))
-    errors.extend(faults)
-    return None if faults else shape(**values)
+            errors.append(FieldError(_pointer(name), _said_plainly(str(fault))))
+            continue
+        if any(UNWRITABLE.search(text) for text in _texts(value)):
+            errors.append(FieldError(_pointer(name), "holds a NUL or half a surrogate pair, which cannot be stored"))
+            continue
+        values[name] = value
+    return values
 
 
-def _request_faults(request: GenerationRequest, limits: RequestLimits) -> list[FieldError]:
-    """What no single field can know."""
-    pixels = request.width * request.height
-    if pixels > limits.max_pixels:
-        detail = f"{request.width}x{request.height} is {pixels} pixels; at most {limits.max_pixels} are painted here"
-        return [FieldError("/width", detail), FieldError("/height", detail)]
-    if not request.prompt.strip():
-        return [FieldError("/prompt", "must not be blank")]
-    return []
-
-
-def _delivery_faults(delivery: Delivery) -> list[FieldError]:
+def _request_faults(valid: Mapping[str, Any], limits: RequestLimits) -> list[FieldError]:
+    """What no single field can know, as far as the fields it needs are right by themselves."""
     faults: list[FieldError] = []
-    if delivery.webhook_url is not None and not _is_plain_web_address(delivery.webhook_url):
+    width, height = valid.get("width", 0), valid.get("height", 0)
+    pixels = width * height
+    if pixels > limits.max_pixels:
+        detail = f"{width}x{height} is {pixels} pixels; at most {limits.max_pixels} are painted here"
+        faults += [FieldError("/width", detail), FieldError("/height", detail)]
+    if "prompt" in valid and not valid["prompt"].strip():
+        faults.append(FieldError("/prompt", "must not be blank"))
+    return faults
+
+
+def _delivery_faults(valid: Mapping[str, Any]) -> list[FieldError]:
+    faults: list[FieldError] = []
+    webhook_url = valid.get("webhook_url")
+    if webhook_url is not None and not _is_plain_web_address(webhook_url):
         faults.append(FieldError("/webhook_url", "must be an absolute http or https URL without user and password"))
-    size = len(msgspec.json.encode(delivery.metadata))
+    size = len(msgspec.json.encode(valid.get("metadata")))
     if size > METADATA_LIMIT_BYTES:
         faults.append(FieldError("/metadata", f"is {size} bytes as JSON; at most {METADATA_LIMIT_BYTES}"))
     return faults
 
 
+def _texts(document: Any) -> Iterator[str]:
+    """Every text in a JSON document, keys included."""
+    waiting: list[Any] = [document]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            waiting += [*cast(dict[Any, Any], part), *cast(dict[Any, Any], part).values()]
+        elif isinstance(part, list):
+            waiting += cast(list[Any], part)
+
+
+def _pointer(name: str) -> str:
+    """RFC 6901, section 3."""
+    return "/" + name.replace("~", "~0").replace("/", "~1")
+
+
 def _is_plain_web_address(url: str) -> bool:
+    if " " in url or not url.isprintable():
+        return False  # urlsplit would drop some of these without a word
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Meta, field
 
 from zcore.errors import ConfigurationError
-from zcore.request import GenerationDefaults, RequestLimits
+from zcore.request import GenerationDefaults, RequestLimits, Shift, Side, Steps
 
 TREE = Path(__file__).resolve().parent.parent
 ENVIRONMENT_PREFIX = "ZIMAGE_"
@@ -59,16 +59,16 @@ class PipelineSettings(_Section, frozen=True):
 class GenerationSettings(_Section, frozen=True):
     """What a request gets where it is silent."""
 
-    height: int = 1024
-    width: int = 1024
-    num_inference_steps: int = 8
+    height: Side = 1024
+    width: Side = 1024
+    num_inference_steps: Steps = 8
     guidance_scale: Annotated[float, Meta(ge=0.0, le=30.0)] = 0.0
 
 
 class SchedulerSettings(_Section, frozen=True):
     """The flow-matching schedule."""
 
-    shift: Annotated[float, Meta(ge=0.1, le=20.0)] = 3.0
+    shift: Shift = 3.0
 
 
 class PytorchSettings(_Section, frozen=True):
@@ -343,8 +343,8 @@ def _from_text(text: str, kind: Any) -> Any:
 
 def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
     for name, value in layer.items():
-        if isinstance(value, dict):
-            _merge(tree.setdefault(name, {}), cast(dict[str, Any], value))
+        if isinstance(value, dict) and isinstance(tree.setdefault(name, {}), dict):
+            _merge(tree[name], cast(dict[str, Any], value))
         else:
             tree[name] = value
 
