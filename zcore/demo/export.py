@@ -1,0 +1,35 @@
+"""Stage `export`: trained parts in, the shipped folder out.
+
+Writes the layout of a `ZImagePipeline`, the weights in bfloat16, with the class names of the real checkpoint, so that no loader
+needs to know that this one is a miniature.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+from transformers import Qwen2Tokenizer
+
+from zcore.demo.architecture import make_scheduler
+
+
+def export(folder: Path, tokenizer: Path, text_encoder: Any, transformer: Any, vae: Any) -> None:
+    """Write the five parts as one bfloat16 pipeline; `tokenizer` is the folder that its stage wrote."""
+    parts = {"text_encoder": text_encoder, "transformer": transformer, "vae": vae}
+    pipeline = ZImagePipeline(
+        scheduler=make_scheduler(),
+        tokenizer=Qwen2Tokenizer.from_pretrained(str(tokenizer)),
+        **{name: part.to("cpu", torch.bfloat16) for name, part in parts.items()},
+    )
+    pipeline.save_pretrained(str(folder))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "tokenizer" / name).write_bytes((tokenizer / name).read_bytes())
+    for name in ("chat_template.jinja", "special_tokens_map.json"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "Qwen2Tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
