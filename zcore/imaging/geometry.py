@@ -1,0 +1,102 @@
+"""Every rule about sizes: pixels to latents to tokens, and what the transformer can place.
+
+Takes widths, heights and token counts; gives the sizes that follow. Needs no torch, so that the server may ask too.
+
+The VAE halves a side three times (8 px a latent) and the transformer takes latents in patches of 2x2, so 16 px make one
+image token and every side is a multiple of 16. Captions and image tokens are each padded to a multiple of 32.
+
+A token's place is (frame, row, column), looked up in three tables of `axes_lens` rows (1536, 512, 512 in the published
+checkpoint). From these follow the bounds:
+
+* rows and columns of patches stay below 512, so a side is at most 512 * 16 = 8192 px;
+* caption token k stands at frame 1 + k and the whole picture at frame 1 + P, where P is the padded caption length.
+  1 + P <= 1535 and P a multiple of 32 give P <= 1504: a prompt of 1505 tokens is padded to 1536 and finds no row 1537.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from zcore.errors import CheckpointError, InvalidRequest
+from zcore.request import SIZE_MULTIPLE_PX
+
+LATENT_PX = 8
+"""Pixels a side of one latent."""
+
+PATCH_LATENTS = SIZE_MULTIPLE_PX // LATENT_PX
+"""Latents a side of one image token."""
+
+SEQUENCE_MULTIPLE = 32
+"""Captions and image tokens are padded to a multiple of this; the padding is attended to."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSize:
+    """Height and width of one picture's latents."""
+
+    height: int
+    width: int
+
+
+class _TransformerConfig(msgspec.Struct, frozen=True):
+    axes_lens: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementLimits:
+    """How far a checkpoint's position tables reach: `axes_lens` of its transformer's configuration."""
+
+    frames: int = 1536
+    rows: int = 512
+    columns: int = 512
+
+    @classmethod
+    def of_checkpoint(cls, model_folder: Path) -> "PlacementLimits":
+        """Read `transformer/config.json`. Raises `CheckpointError`, naming the file."""
+        path = model_folder / "transformer" / "config.json"
+        try:
+            return cls(*msgspec.json.decode(path.read_bytes(), type=_TransformerConfig).axes_lens)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    @property
+    def caption_tokens(self) -> int:
+        """The longest prompt in tokens, the layout's own tokens included: 1504 of 1536 rows."""
+        return (self.frames - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE
+
+    @property
+    def height_px(self) -> int:
+        """The tallest picture: 8192 px of 512 rows."""
+        return self.rows * SIZE_MULTIPLE_PX
+
+    @property
+    def width_px(self) -> int:
+        """The widest picture: 8192 px of 512 columns."""
+        return self.columns * SIZE_MULTIPLE_PX
+
+
+def latent_size(width_px: int, height_px: int) -> LatentSize:
+    """The latents of a picture. Both sides have to be multiples of 16, which a `GenerationRequest` promises."""
+    assert width_px % SIZE_MULTIPLE_PX == height_px % SIZE_MULTIPLE_PX == 0, f"{width_px}x{height_px}"
+    return LatentSize(height=height_px // LATENT_PX, width=width_px // LATENT_PX)
+
+
+def image_tokens(width_px: int, height_px: int) -> int:
+    """How many tokens a picture is to the transformer, before padding: 4096 for 1024x1024."""
+    size = latent_size(width_px, height_px)
+    return (size.height // PATCH_LATENTS) * (size.width // PATCH_LATENTS)
+
+
+def padded(tokens: int) -> int:
+    """A sequence's length with its padding: the next multiple of 32."""
+    return -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+
+
+def check_sides(width_px: int, height_px: int, limits: PlacementLimits) -> None:
+    """Raise `InvalidRequest` for a side that this checkpoint cannot place; on a GPU it would kill the process."""
+    for field, side, limit in (("width", width_px, limits.width_px), ("height", height_px, limits.height_px)):
+        if side > limit:
+            raise InvalidRequest.field(field, f"{side} px; this checkpoint places at most {limit} px")

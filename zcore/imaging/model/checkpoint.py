@@ -1,0 +1,105 @@
+"""A checkpoint's folder: where it is, whether all of it is there, and which one it is.
+
+Takes a folder in the diffusers layout, or the id of one on the Hugging Face hub; gives its path, or a
+`CheckpointError` that names what is missing. Needs no torch. Reads configurations and looks at files; does not load a
+weight.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from zcore.errors import CheckpointError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CLASSES = {
+    "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
+    "transformer": ("ZImageTransformer2DModel",),
+    "vae": ("AutoencoderKL",),
+    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+}
+"""The classes that this engine can run, by component."""
+
+WEIGHTS = {
+    "text_encoder": "model.safetensors",
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+"""The file of a component's weights; with `.index.json` behind it, the list of its shards."""
+
+FINGERPRINT_BYTES = 1024 * 1024
+
+
+class _ShardIndex(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+def locate(model_path: str) -> Path:
+    """The folder of a checkpoint. A hub id is downloaded first, or found in the cache when `HF_HUB_OFFLINE` is set."""
+    folder = Path(model_path)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(model_path):
+        raise CheckpointError(f"model_path: {model_path} is not a folder")
+    import huggingface_hub
+
+    patterns = ["model_index.json", "tokenizer/*", *(f"{name}/*" for name in CLASSES)]
+    try:
+        return Path(cast(Any, huggingface_hub).snapshot_download(model_path, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"model_path: {model_path} is no folder, nor on the hub: {reason}") from error
+
+
+def check_layout(folder: Path) -> None:
+    """Raise `CheckpointError` for a class that this engine does not run, or a file that is not there."""
+    index = read_json(folder / "model_index.json")
+    for component, classes in CLASSES.items():
+        _library, named = index.get(component) or (None, None)
+        if named not in classes:
+            raise CheckpointError(f"{folder / 'model_index.json'}: {component} is {named}; it has to be {classes[0]}")
+    for component, file in WEIGHTS.items():
+        for path in _weight_files(folder / component / file):
+            if not path.is_file():
+                raise CheckpointError(f"{path} is not there")
+
+
+def revision(folder: Path) -> str:
+    """Which checkpoint this is: a SHA-256 over path, size and first MiB of every file, 16 hexadecimal digits.
+
+    The first MiB holds a weight file's list of tensors and some of their values, so two trainings differ, and 32 GB
+    need not be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.suffix not in (".json", ".safetensors"):
+            continue
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(file.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration of the checkpoint. Raises `CheckpointError`, naming the file."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """One file, or the shards that its index names."""
+    index = path.with_name(f"{path.name}.index.json")
+    if not index.is_file():
+        return [path]
+    try:
+        shards = msgspec.convert(read_json(index), _ShardIndex).weight_map
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{index}: {error}") from error
+    return sorted({path.with_name(shard) for shard in shards.values()})

@@ -1,0 +1,196 @@
+"""From a checkpoint's folder to three networks on their devices. Nothing else imports diffusers and transformers.
+
+Takes a folder in the diffusers layout and where and how each network shall run; gives `Networks`. Every weight comes
+from the folder: a tensor that is missing, left over or of another shape is a `CheckpointError`, never a random value.
+Does not know prompts, requests or pictures.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
+
+from zcore.errors import CheckpointError
+from zcore.imaging.model.checkpoint import check_layout, read_json, revision
+
+AttentionBackend = Literal["auto", "flash_attn_3", "flash_attn_2", "sage", "xformers", "sdpa"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """How diffusers calls an attention backend, and the package it comes from."""
+
+    diffusers_name: str
+    package: str
+
+
+KERNELS = {
+    "flash_attn_3": _Kernel("_flash_3", "flash_attn_interface"),
+    "flash_attn_2": _Kernel("flash", "flash_attn"),
+    "sage": _Kernel("sage", "sageattention"),
+    "xformers": _Kernel("xformers", "xformers"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a network runs, and in which arithmetic."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """The three networks of a checkpoint, ready to run. What each takes is named by whoever calls it."""
+
+    folder: Path
+    revision: str
+    text_encoder: nn.Module
+    transformer: nn.Module
+    vae: nn.Module
+
+
+def load(folder: Path, *, encoder: Placement, transformer: Placement, vae: Placement) -> Networks:
+    """All three networks with their weights. Raises `CheckpointError`."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+    from transformers import Qwen3Model
+
+    check_layout(folder)
+    return Networks(
+        folder=folder,
+        revision=revision(folder),
+        text_encoder=_load(Qwen3Model, folder / "text_encoder", encoder),
+        transformer=_load(ZImageTransformer2DModel, folder / "transformer", transformer),
+        vae=_load(AutoencoderKL, folder / "vae", vae),
+    )
+
+
+def build_meta(folder: Path) -> Networks:
+    """The same networks by their configurations alone, on the meta device: names and shapes without weights."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    def from_config(network: Any, component: str) -> nn.Module:
+        return cast(nn.Module, network.from_config(read_json(folder / component / "config.json")))
+
+    with torch.device("meta"):
+        return Networks(
+            folder=folder,
+            revision=revision(folder),
+            text_encoder=Qwen3Model(Qwen3Config(**read_json(folder / "text_encoder" / "config.json"))),
+            transformer=from_config(ZImageTransformer2DModel, "transformer"),
+            vae=from_config(AutoencoderKL, "vae"),
+        )
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` (the best there is), `cpu`, `mps`, `cuda` or `cuda:N`. Raises `CheckpointError` for one not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CheckpointError(f"device: there is no kind of device `{name}`") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"device: {name} was asked for, and torch {torch.__version__} sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"device: {name} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise CheckpointError("device: mps was asked for, and there is none")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise CheckpointError(f"device: {name} is not cpu, mps, cuda or cuda:N")
+    return device
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """A torch type, or its name as settings spell it. Raises `CheckpointError` for any other."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise CheckpointError(f"torch_dtype: {dtype} is not one of {', '.join(DTYPES)}")
+    return cast(torch.dtype, found)
+
+
+def transformer_placement(device: torch.device, dtype: torch.dtype) -> Placement:
+    """Float16 is refused: the published weights overflow it and paint black (Tongyi-MAI/Z-Image, issue 14)."""
+    if dtype == torch.float16:
+        raise CheckpointError("torch_dtype: float16 makes the transformer paint black; use bfloat16 or float32")
+    return Placement(device, dtype)
+
+
+def vae_placement(folder: Path, device: torch.device, dtype: torch.dtype) -> Placement:
+    """Float32 where the checkpoint says so (`force_upcast`, as the published one does) and on a CPU, else as asked."""
+    upcast = bool(read_json(folder / "vae" / "config.json").get("force_upcast", True))
+    return Placement(device, torch.float32 if upcast or device.type == "cpu" else dtype)
+
+
+def choose_attention(wanted: str, placement: Placement) -> str:
+    """The attention backend to use; `auto` is the fastest exact one that is installed and fits.
+
+    Raises `CheckpointError` for one that cannot be had. `sage` computes in eight bits, so `auto` never chooses it.
+    """
+    if wanted not in get_args(AttentionBackend):
+        raise CheckpointError(f"attention_backend: {wanted} is not one of {', '.join(get_args(AttentionBackend))}")
+    if wanted == "auto":
+        candidates = ("flash_attn_3", "flash_attn_2")
+        return next((name for name in candidates if _kernel_fault(name, placement) is None), "sdpa")
+    if wanted != "sdpa" and (fault := _kernel_fault(wanted, placement)):
+        raise CheckpointError(f"attention_backend: {wanted} {fault}")
+    return wanted
+
+
+def use_attention(transformer: nn.Module, backend: str) -> None:
+    """Switch the transformer to a backend that `choose_attention` gave. `sdpa` is what it starts with."""
+    if backend == "sdpa":
+        return
+    try:
+        cast(Any, transformer).set_attention_backend(KERNELS[backend].diffusers_name)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"attention_backend: {backend}: {error}") from error
+
+
+def compile_blocks(transformer: nn.Module, mode: str) -> None:
+    """Compile the repeated blocks, one graph a kind of block, which serves every size and prompt length.
+
+    Compiling the whole module instead would break the graph three times and begin anew for every shape.
+    """
+    cast(Any, transformer).compile_repeated_blocks(fullgraph=True, mode=mode)
+
+
+def _kernel_fault(name: str, placement: Placement) -> str | None:
+    """Why this kernel cannot run here, or None."""
+    kernel = KERNELS[name]
+    if importlib.util.find_spec(kernel.package) is None:
+        return f"needs the package {kernel.package}, which is not installed"
+    if placement.device.type != "cuda":
+        return f"needs a CUDA device; the transformer is on {placement.device}"
+    if placement.dtype == torch.float32 and name != "xformers":
+        return "computes in bfloat16; the transformer is in float32"
+    generation = torch.cuda.get_device_capability(placement.device)
+    if name == "flash_attn_3" and generation[0] != 9:
+        return "needs a Hopper GPU (compute capability 9.0)"
+    if generation < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def _load(network: Any, folder: Path, placement: Placement) -> nn.Module:
+    """One network, complete. Raises `CheckpointError` naming what its files lack."""
+    try:
+        loaded, report = network.from_pretrained(
+            str(folder), dtype=placement.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # The head of a language model is not needed.
+        names = sorted(str(name) for name in report[fault] if not str(name).startswith("lm_head."))
+        if names:
+            raise CheckpointError(f"{folder}: {fault.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)")
+    return cast(nn.Module, loaded.to(placement.device).eval().requires_grad_(False))

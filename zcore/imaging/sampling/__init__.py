@@ -1,0 +1,1 @@
+"""From noise to latents: which noise levels, and the walk along them."""

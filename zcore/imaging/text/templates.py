@@ -1,0 +1,120 @@
+"""Prompt templates: Markdown files whose body is a system prompt and whose front matter says what it is for.
+
+Takes a folder, read once; gives a `TemplateLibrary`. Needs neither torch nor a tokenizer. Does not know the chat
+layout.
+
+    ---
+    name: photography              (the file's stem when absent)
+    category: photography          (for people to choose by)
+    description: One line.
+    add_think_block: false         (true when absent)
+    ---
+    The system prompt.
+
+A file without front matter is all body. A key that is unknown, a value of the wrong type, a name given twice: a
+`ConfigurationError` that names the file, because a template that silently does nothing is worse than none.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from zcore.errors import ConfigurationError, InvalidRequest
+
+FENCE = "---"
+
+
+class _FrontMatter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What may stand between the two fences. `model` is for people; this service has one."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
+    description: str = ""
+    category: str = ""
+    model: str = ""
+    add_think_block: bool = True
+    thinking_content: str = ""
+    assistant_content: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One template; `body` is its system prompt, empty for none."""
+
+    name: str
+    description: str
+    category: str
+    body: str
+    add_think_block: bool
+    thinking_content: str
+    assistant_content: str
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateLibrary:
+    """All templates by name."""
+
+    templates: Mapping[str, Template]
+
+    @classmethod
+    def load(cls, directory: Path) -> "TemplateLibrary":
+        """Every `*.md` under the folder. Raises `ConfigurationError` naming the file that is wrong."""
+        if not directory.is_dir():
+            raise ConfigurationError(f"templates_dir: {directory} is not a folder")
+        templates: dict[str, Template] = {}
+        for path in sorted(directory.rglob("*.md")):
+            template = _read(path)
+            if template.name in templates:
+                raise ConfigurationError(f"{path}: another template is already called `{template.name}`")
+            templates[template.name] = template
+        return cls(templates)
+
+    @classmethod
+    def empty(cls) -> "TemplateLibrary":
+        """A library of none."""
+        return cls({})
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self.templates)
+
+    def get(self, name: str) -> Template:
+        """The template of that name; raises `InvalidRequest` on the field `template`, with the names nearest to it."""
+        if name in self.templates:
+            return self.templates[name]
+        near = difflib.get_close_matches(name, self.templates, n=3)
+        hint = f"; did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
+        raise InvalidRequest.field("template", f"there is no template `{name}`{hint}")
+
+
+def _read(path: Path) -> Template:
+    try:
+        front, body = _split(path.read_text(encoding="utf-8-sig"))
+        # An empty front matter is YAML's null.
+        matter = msgspec.yaml.decode(front, type=_FrontMatter | None) or _FrontMatter()
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    return Template(
+        name=matter.name or path.stem,
+        description=matter.description,
+        category=matter.category,
+        body=body.strip(),
+        add_think_block=matter.add_think_block,
+        thinking_content=matter.thinking_content,
+        assistant_content=matter.assistant_content,
+    )
+
+
+def _split(content: str) -> tuple[str, str]:
+    """Front matter and body; a first fence without its second is a mistake, not a body."""
+    lines = content.splitlines(keepends=True)
+    if not lines or lines[0].strip() != FENCE:
+        return "", content
+    for number, line in enumerate(lines[1:], start=1):
+        if line.strip() == FENCE:
+            return "".join(lines[1:number]), "".join(lines[number + 1 :])
+    raise msgspec.DecodeError("the front matter begins with `---` and never ends")
