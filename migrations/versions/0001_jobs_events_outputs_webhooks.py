@@ -51,7 +51,9 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("(status = 'failed') = (error_code IS NOT NULL)", name=op.f("ck_jobs_failed_has_error")),
         sa.CheckConstraint(
-            "(status = 'running') = (lease_token IS NOT NULL AND lease_until IS NOT NULL AND worker IS NOT NULL)",
+            "CASE WHEN status = 'running' THEN"
+            " lease_token IS NOT NULL AND lease_until IS NOT NULL AND worker IS NOT NULL"
+            " ELSE lease_token IS NULL AND lease_until IS NULL END",
             name=op.f("ck_jobs_running_has_lease"),
         ),
         sa.CheckConstraint(

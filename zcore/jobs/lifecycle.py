@@ -25,6 +25,7 @@ from zcore.request import Submission
 
 IDEMPOTENCY_KEY_LIFE = timedelta(hours=24)
 RESCUED_AT_ONCE = 100
+RETRY_DOUBLINGS_AT_MOST = 10  # 2 s grow to 34 minutes and no further
 _NO_LEASE: dict[str, Any] = {"lease_token": None, "lease_until": None}
 _NO_ERROR: dict[str, Any] = {"error_code": None, "error_message": None, "error_retryable": None}
 _NO_PROGRESS: dict[str, Any] = {"progress_phase": None, "progress_step": 0, "progress_steps": 0}
@@ -199,18 +200,21 @@ def fail(transaction: Transaction, lease: Lease, failure: Failure, retry_delay_s
     """Ends the attempt: CANCELED when the caller wished so, QUEUED again after a delay that doubles with each attempt
     when a retry may help and attempts are left, else FAILED. None when the lease is lost."""
     detail = {"code": failure.code, "message": failure.message}
+    attempt = _lock(transaction, lease)
+    if attempt is None:
+        return None
     canceled = _cancel_if_wished(transaction, *_holds(lease))
     if canceled is not None:
         return canceled
     if failure.retryable:
-        attempt = transaction.session.scalar(select(Job.attempt).where(Job.id == lease.job_id)) or 1
+        delay_s = retry_delay_s * 2 ** min(attempt - 1, RETRY_DOUBLINGS_AT_MOST)
         postponed = _move(
             transaction,
             states.POSTPONE,
             *_holds(lease),
             Job.attempts_left > 0,
             detail=detail,
-            available_at=transaction.now + timedelta(seconds=retry_delay_s * 2 ** (attempt - 1)),
+            available_at=transaction.now + timedelta(seconds=delay_s),
             announced_at=None,
             **_NO_LEASE,
             **_NO_PROGRESS,
@@ -222,6 +226,8 @@ def fail(transaction: Transaction, lease: Lease, failure: Failure, retry_delay_s
 
 def hand_back(transaction: Transaction, lease: Lease) -> Job | None:
     """A leaving worker's job returns to the queue, the attempt not counted; CANCELED when the caller wished so."""
+    if _lock(transaction, lease) is None:
+        return None
     canceled = _cancel_if_wished(transaction, *_holds(lease))
     if canceled is not None:
         return canceled
@@ -390,6 +396,13 @@ def _holds(lease: Lease) -> tuple[ColumnElement[bool], ...]:
     return (Job.id == lease.job_id, Job.lease_token == lease.token)
 
 
+def _lock(transaction: Transaction, lease: Lease) -> int | None:
+    """The attempt of this lease, its row locked: a wish to cancel comes before what follows or after it, never between
+    two of its statements. None when the lease is lost.
+    """
+    return transaction.session.scalar(select(Job.attempt).where(*_holds(lease)).with_for_update())
+
+
 def _cancel_if_wished(transaction: Transaction, *guard: ColumnElement[bool]) -> Job | None:
     return _move(
         transaction,
@@ -429,7 +442,13 @@ def _failed(transaction: Transaction, failure: Failure) -> dict[str, Any]:
 
 def _made_by_key(transaction: Transaction, owner: str, key: str, fingerprint: str) -> Job | None:
     job = transaction.session.scalars(select(Job).where(Job.owner == owner, Job.idempotency_key == key)).one_or_none()
-    if job is not None and job.fingerprint != fingerprint:
+    if job is None:
+        return None
+    if job.created_at <= transaction.now - IDEMPOTENCY_KEY_LIFE:
+        job.idempotency_key = None
+        transaction.session.flush()
+        return None
+    if job.fingerprint != fingerprint:
         raise InvalidRequest(
             [FieldError("/Idempotency-Key", "was already used with another body in the last 24 hours")]
         )

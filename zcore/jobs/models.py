@@ -119,7 +119,9 @@ class Job(Table):
     __table_args__ = (
         CheckConstraint(f"status IN ({_listed(tuple(State))})", name="status_known"),
         CheckConstraint(
-            "(status = 'running') = (lease_token IS NOT NULL AND lease_until IS NOT NULL AND worker IS NOT NULL)",
+            "CASE WHEN status = 'running' THEN"
+            " lease_token IS NOT NULL AND lease_until IS NOT NULL AND worker IS NOT NULL"
+            " ELSE lease_token IS NULL AND lease_until IS NULL END",
             name="running_has_lease",
         ),
         CheckConstraint(f"(status IN ({_listed(TERMINAL)})) = (completed_at IS NOT NULL)", name="ended_has_time"),
