@@ -57,7 +57,9 @@ def make(purpose):
         return
     cuda = has_cuda()
     check_disk(shutil.disk_usage(str(ROOT)).free, already_made=installed() is not None, cuda=cuda)
-    print("environment: making .venv for `{}`; the first time this takes a minute or more".format(purpose), flush=True)
+    print(
+        "environment: installing into .venv what `{}` needs; the first time takes minutes".format(purpose), flush=True
+    )
     make_venv()
     if STAMP.exists():
         STAMP.unlink()

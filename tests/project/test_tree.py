@@ -1,0 +1,123 @@
+"""The tree is what its plan says: light server, own names, downward imports, one lock, nothing of anybody's machine."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+TREE = Path(__file__).resolve().parents[2]
+PACKAGES = ("server", "worker", "zcore")
+HEAVY = ("torch", "diffusers", "transformers", "accelerate")
+# A home, a workplace, a folder of wheels, a folder as an index: none of them is where the reader is.
+MACHINE_PATH = re.compile(r"/(home|Users|root|work|opt)/[A-Za-z]|file://")
+BINARY = (".safetensors", ".png", ".jpg", ".webp", ".avif", ".ico", ".woff2", ".bin", ".pt")
+
+
+def test_the_server_process_never_loads_a_model_library() -> None:
+    """Also not when it has built its app: a server's installation carries none of them."""
+    program = "import sys, server.asgi; print(sorted(set(sys.modules) & set(sys.argv[1:])))"
+    assert _python("-c", program, *HEAVY) == "[]"
+
+
+def test_importing_a_package_reads_and_prints_nothing() -> None:
+    program = f"import sys; [__import__(name) for name in {PACKAGES}]; print(sorted(set(sys.modules) & set({HEAVY})))"
+    assert _python("-c", program) == "[]"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_other_distribution_offers_our_names(name: str) -> None:
+    assert set(packages_distributions().get(name, [])) <= {"zimage"}
+
+
+@pytest.mark.parametrize("name", ["config", "templates", "migrations", "tests", "bin"])
+def test_folders_of_files_are_never_installed_as_packages(name: str) -> None:
+    assert "zimage" not in packages_distributions().get(name, [])
+
+
+def test_imports_keep_to_the_contracts() -> None:
+    lint = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-logo", "--no-cache"],
+        cwd=TREE,
+        capture_output=True,
+        text=True,
+    )
+    assert lint.returncode == 0, lint.stdout
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        path for package in PACKAGES for path in sorted((TREE / package).rglob("*.py"))
+        if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]  # fmt: skip
+    assert not silent
+
+
+def test_no_tracked_file_names_a_place_on_somebodys_machine() -> None:
+    found = [
+        f"{name}:{number}: {line.strip()[:100]}"
+        for name in _tracked() if not name.endswith(BINARY) and name != "tests/project/test_tree.py"
+        for number, line in enumerate((TREE / name).read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if MACHINE_PATH.search(line)
+    ]  # fmt: skip
+    assert not found
+
+
+def test_nothing_that_running_leaves_behind_is_tracked() -> None:
+    assert not [name for name in _tracked() if name.startswith(("var/", ".venv/")) or "__pycache__" in name]
+
+
+def test_the_lock_pins_every_requirement_within_its_bounds() -> None:
+    pins = _pins()
+    unmet = [
+        str(requirement) for requirement in _requirements()
+        if requirement.marker is None or requirement.marker.evaluate()
+        if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
+    ]  # fmt: skip
+    assert not unmet
+
+
+def test_the_lock_fits_machines_with_and_without_a_gpu() -> None:
+    assert _pins()["torch"] == "2.13.0"
+    assert not [name for name in _pins() if name.startswith(("nvidia", "triton", "cuda"))]
+
+
+def test_what_the_server_needs_does_not_ask_for_torch() -> None:
+    project = _project()
+    asked = [*project["dependencies"], *project["optional-dependencies"]["server"]]
+    assert not {Requirement(line).name for line in asked} & {*HEAVY, "safetensors", "torchvision"}
+
+
+def _python(*arguments: str) -> str:
+    process = subprocess.run([sys.executable, *arguments], cwd=TREE, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+def _tracked() -> list[str]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=TREE, capture_output=True, text=True, check=True)
+    return [name for name in listing.stdout.split("\0") if name and (TREE / name).is_file()]
+
+
+def _project() -> dict[str, dict[str, list[str]]]:
+    return tomllib.loads((TREE / "pyproject.toml").read_text())["project"]
+
+
+def _requirements() -> list[Requirement]:
+    project = _project()
+    return [
+        Requirement(line)
+        for lines in (project["dependencies"], *project["optional-dependencies"].values())
+        for line in lines
+    ]
+
+
+def _pins() -> dict[str, str]:
+    lines = (TREE / "config" / "requirements.lock").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
