@@ -1,0 +1,1 @@
+"""The durable record of jobs, on SQLite and on PostgreSQL."""

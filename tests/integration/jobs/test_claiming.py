@@ -1,0 +1,168 @@
+"""Workers take the best job each, exactly once, and hold it as long as their heart beats."""
+
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+
+from tests.integration.jobs.examples import (
+    LEASE_S,
+    RETRY_DELAY_S,
+    SLIP,
+    Clock,
+    all_jobs,
+    claim,
+    complete,
+    events,
+    fail,
+    look,
+    rescue,
+    row,
+    submit,
+)
+from zcore.jobs import lifecycle
+from zcore.jobs.database import Database
+from zcore.jobs.lifecycle import Beat, Lease
+from zcore.jobs.states import State
+
+
+def test_an_empty_queue_gives_nothing(database: Database) -> None:
+    with database.write() as transaction:
+        assert lifecycle.claim(transaction, "worker-1", LEASE_S) is None
+
+
+def test_a_claimed_job_runs_under_a_lease(database: Database, clock: Clock) -> None:
+    submitted = submit(database, max_attempts=3)
+    clock.advance(5)
+    lease = claim(database, "worker-7")
+    job = look(database, submitted.id)
+    assert (job.status, job.worker, job.lease_token) == (State.RUNNING, "worker-7", lease.token)
+    assert (job.attempt, job.attempts_left) == (1, 2)
+    assert job.started_at == clock.now
+    assert job.lease_until == clock.now + timedelta(seconds=LEASE_S)
+    assert events(database, job.id) == ["queued", "claimed"]
+
+
+def test_higher_priority_comes_first_and_then_the_oldest(database: Database) -> None:
+    priorities = [0, -10, 3, 0, 10, 3]
+    jobs = [submit(database, priority=priority) for priority in priorities]
+    order = [claim(database).job_id for _ in jobs]
+    assert order == [jobs[index].id for index in (4, 2, 5, 0, 3, 1)]
+
+
+def test_a_postponed_job_lets_others_pass_until_its_time_has_come(database: Database, clock: Clock) -> None:
+    slipped, other = submit(database, priority=9), submit(database)
+    fail(database, claim(database), SLIP)
+    assert claim(database).job_id == other.id
+    clock.advance(RETRY_DELAY_S - 0.001)
+    with database.write() as transaction:
+        assert lifecycle.claim(transaction, "worker-1", LEASE_S) is None
+    clock.advance(0.001)
+    assert claim(database).job_id == slipped.id
+
+
+@pytest.mark.timeout(120)
+def test_twenty_threads_claim_fifty_jobs_each_exactly_once(database: Database) -> None:
+    jobs = {submit(database).id for _ in range(50)}
+    barrier = threading.Barrier(20)
+
+    def drain(number: int) -> list[uuid.UUID]:
+        barrier.wait()
+        taken: list[uuid.UUID] = []
+        while True:
+            with database.write() as transaction:
+                job = lifecycle.claim(transaction, f"worker-{number}", LEASE_S)
+            if job is None:
+                return taken
+            taken.append(job.id)
+
+    with ThreadPoolExecutor(20) as pool:
+        taken = [job_id for part in pool.map(drain, range(20)) for job_id in part]
+    assert sorted(taken) == sorted(jobs)
+    assert {(job.status, job.attempt) for job in all_jobs(database)} == {("running", 1)}
+    assert all(events(database, job_id) == ["queued", "claimed"] for job_id in jobs)
+
+
+def test_a_second_worker_passes_over_a_job_that_is_being_claimed(postgresql: Database) -> None:
+    best, next_best = submit(postgresql, priority=1), submit(postgresql)
+    with postgresql.write() as transaction:
+        first = lifecycle.claim(transaction, "worker-1", LEASE_S)
+        assert first is not None
+        assert first.id == best.id
+        assert claim(postgresql, "worker-2").job_id == next_best.id  # without waiting for the open transaction
+
+
+def test_a_rolled_back_claim_leaves_the_job_queued(database: Database) -> None:
+    job = submit(database)
+    before = row(look(database, job.id))
+    with pytest.raises(ZeroDivisionError), database.write() as transaction:
+        lifecycle.claim(transaction, "worker-1", LEASE_S)
+        raise ZeroDivisionError
+    assert row(look(database, job.id)) == before
+    assert events(database, job.id) == ["queued"]
+
+
+def test_a_heartbeat_renews_the_lease_and_writes_progress(database: Database, clock: Clock) -> None:
+    submit(database)
+    lease = claim(database)
+    clock.advance(LEASE_S - 1)
+    with database.write() as transaction:
+        assert lifecycle.heartbeat(transaction, lease, LEASE_S, ("denoising", 3, 8)) == Beat(cancel_requested=False)
+    job = look(database, lease.job_id)
+    assert job.lease_until == clock.now + timedelta(seconds=LEASE_S)
+    assert (job.progress_phase, job.progress_step, job.progress_steps) == ("denoising", 3, 8)
+    clock.advance(LEASE_S)
+    assert rescue(database) == []
+    with database.write() as transaction:
+        lifecycle.heartbeat(transaction, lease, LEASE_S)
+    assert look(database, lease.job_id).progress_step == 3
+
+
+def test_a_heartbeat_brings_the_wish_to_cancel(database: Database) -> None:
+    submit(database)
+    lease = claim(database)
+    with database.write() as transaction:
+        lifecycle.cancel(transaction, lease.job_id)
+    with database.write() as transaction:
+        assert lifecycle.heartbeat(transaction, lease, LEASE_S) == Beat(cancel_requested=True)
+
+
+def test_a_late_heartbeat_before_the_rescue_keeps_the_job(database: Database, clock: Clock) -> None:
+    submit(database)
+    lease = claim(database)
+    clock.advance(LEASE_S * 3)
+    with database.write() as transaction:
+        assert lifecycle.heartbeat(transaction, lease, LEASE_S) is not None
+    assert rescue(database) == []
+    assert complete(database, lease) is not None
+
+
+@pytest.mark.parametrize("taken_over", [False, True], ids=["back in the queue", "taken over"])
+def test_a_lost_lease_writes_nothing(database: Database, clock: Clock, taken_over: bool) -> None:
+    job = submit(database, webhook_url="https://caller.example/told")
+    lost = claim(database, "worker-1")
+    clock.advance(LEASE_S + 1)
+    assert [rescued.id for rescued in rescue(database)] == [job.id]
+    if taken_over:
+        claim(database, "worker-2")
+    before, events_before = row(look(database, job.id)), events(database, job.id)
+    with database.write() as transaction:
+        assert lifecycle.heartbeat(transaction, lost, LEASE_S, ("denoising", 7, 8)) is None
+    assert complete(database, lost) is None
+    assert fail(database, lost) is None
+    with database.write() as transaction:
+        assert lifecycle.hand_back(transaction, lost) is None
+        assert lifecycle.acknowledge_cancel(transaction, lost) is None
+    assert row(look(database, job.id)) == before
+    assert events(database, job.id) == events_before
+    assert look(database, job.id).outputs == []
+
+
+def test_a_token_opens_only_its_own_job(database: Database) -> None:
+    first, second = submit(database), submit(database)
+    token = claim(database).token
+    claim(database)
+    assert complete(database, Lease(second.id, token)) is None
+    assert look(database, first.id).status == look(database, second.id).status == State.RUNNING
