@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,7 @@ def run(environment: dict[str, str], children: list[Child], asked_to_stop: list[
     while not asked_to_stop and not _is_ready(_address(settings)):
         _look_after(children)
         if time.monotonic() - begun_at > READY_WITHIN_S:
-            raise Refusal(f"the server was not ready within {READY_WITHIN_S:.0f} s; its log is {logs / 'server.log'}")
+            raise Refusal(f"server and worker were not ready within {READY_WITHIN_S:.0f} s; their logs are in {logs}")
     if not asked_to_stop:
         print(_greeting(settings, logs, time.monotonic() - begun_at), flush=True)
     while not asked_to_stop:
@@ -189,10 +188,11 @@ def _address(settings: Settings) -> str:
 
 
 def _is_ready(address: str) -> bool:
+    """Whether jobs are accepted and somebody is there to work on them."""
     try:
         with urllib.request.urlopen(f"{address}/health/ready", timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
+            return json.load(answer)["workers"] > 0
+    except OSError:
         return False
 
 
@@ -201,7 +201,7 @@ def _greeting(settings: Settings, logs: Path, took_s: float) -> str:
     key = "the one you configured" if settings.server.admin_key else f"in {settings.data_path / 'keys' / 'admin'}"
     return f"""\
 run: ready after {took_s:.1f} s, profile {settings.profile}
-  API      {address}            documentation at {address}/docs
+  API      {address}            described by {address}/schema/openapi.json
   admin    {address}/admin      its key is {key}
   logs     {logs}
   try      curl -s {address}/api/generate -H 'Content-Type: application/json' -H 'Prefer: wait=60' \\
