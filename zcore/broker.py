@@ -34,7 +34,7 @@ REDIS_OPTIONS: dict[str, Any] = {
 
 def make_app(settings: Settings) -> Celery:
     """The Celery app of this installation; a folder in `data_dir` is the broker where no URL is set."""
-    app = Celery("zimage", broker=settings.broker.url or "filesystem://")
+    app = Celery("zimage", broker=settings.broker.url or "filesystem://localhost")
     options: dict[str, Any] = {}
     if not settings.broker.url:
         options = _folder_options(settings.data_path / "broker")

@@ -3,7 +3,8 @@
     ZImageError
     ├── ConfigurationError        a setting, profile or file of settings is wrong
     ├── InvalidRequest            the caller's input is outside its bounds
-    │   └── PromptTooLong         the prompt has more tokens than the model can place
+    │   ├── PromptTooLong         the prompt has more tokens than the model can place
+    │   └── KeyReused             the Idempotency-Key belongs to another body
     ├── NotFound                  the thing named does not exist
     ├── Gone                      it existed, and was purged
     ├── Conflict                  the job's state does not allow what was asked
@@ -71,6 +72,12 @@ class PromptTooLong(InvalidRequest):
     """The formatted prompt has more tokens than the transformer can place."""
 
     code = "prompt_too_long"
+
+
+class KeyReused(InvalidRequest):
+    """The Idempotency-Key was already used with another body in the last 24 hours."""
+
+    code = "idempotency_key_reused"
 
 
 class NotFound(ZImageError):

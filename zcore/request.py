@@ -18,6 +18,7 @@ from msgspec import Meta
 from zcore.errors import FieldError, InvalidRequest
 
 SEED_BOUND = 2**63
+CHOSEN_SEED_BOUND = 2**53  # what every JSON reader keeps exactly
 SIZE_MULTIPLE_PX = 16
 PROMPT_LIMIT_CHARACTERS = 16_384
 METADATA_LIMIT_BYTES = 1024
@@ -96,7 +97,7 @@ def parse_submission(body: Mapping[str, Any], defaults: GenerationDefaults, limi
     """The whole body of a submission. Raises `InvalidRequest` naming every field that is wrong."""
     request_fields = {name: value for name, value in body.items() if name not in Delivery.__struct_fields__}
     delivery_fields = {name: value for name, value in body.items() if name in Delivery.__struct_fields__}
-    decided = {**msgspec.to_builtins(defaults), "seed": secrets.randbelow(SEED_BOUND), **request_fields}
+    decided = {**msgspec.to_builtins(defaults), "seed": secrets.randbelow(CHOSEN_SEED_BOUND), **request_fields}
     errors: list[FieldError] = []
     request = _valid_fields(decided, GenerationRequest, errors)
     delivery = _valid_fields(delivery_fields, Delivery, errors)

@@ -15,7 +15,7 @@ the smallest part a function needs. Does not know what the parts do with their s
 
 import difflib
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
@@ -277,6 +277,17 @@ def load_settings(
     for name, value in given.items():
         _set(tree, name, value, f"option {name}")
     return _checked(tree, path, profile)
+
+
+def overrides_from_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """`server.port=9000 profile=demo` of a command line as overrides. Raises `ConfigurationError` for anything else."""
+    overrides: dict[str, str] = {}
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if not separator:
+            raise ConfigurationError(f"`{argument}`: settings are given as name=value, as in server.port=9000")
+        overrides[name] = value
+    return overrides
 
 
 def setting_names() -> dict[str, Any]:

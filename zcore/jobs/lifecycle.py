@@ -15,7 +15,7 @@ import uuid_utils
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.exc import IntegrityError
 
-from zcore.errors import Conflict, FieldError, InvalidRequest, NotFound
+from zcore.errors import Conflict, KeyReused, NotFound
 from zcore.jobs import states
 from zcore.jobs.database import Transaction
 from zcore.jobs.models import Event, Job, Output, WebhookEvent
@@ -80,7 +80,7 @@ def submit(
 ) -> Submitted:
     """A new QUEUED job, or the one that this owner's key already made within 24 hours.
 
-    `fingerprint` is the SHA-256 of the body. Raises `InvalidRequest` when the key was used with another body.
+    `fingerprint` is the SHA-256 of the body. Raises `KeyReused` when the key was used with another body.
     """
     if idempotency_key is not None:
         earlier = _made_by_key(transaction, owner, idempotency_key, fingerprint)
@@ -449,9 +449,7 @@ def _made_by_key(transaction: Transaction, owner: str, key: str, fingerprint: st
         transaction.session.flush()
         return None
     if job.fingerprint != fingerprint:
-        raise InvalidRequest(
-            [FieldError("/Idempotency-Key", "was already used with another body in the last 24 hours")]
-        )
+        raise KeyReused.field("Idempotency-Key", "was already used with another body in the last 24 hours")
     return job
 
 

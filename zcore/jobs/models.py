@@ -221,3 +221,15 @@ class WebhookAttempt(Table):
     duration_ms: Mapped[int] = mapped_column(Integer)
     status_code: Mapped[int | None] = mapped_column(Integer)
     answer: Mapped[str] = mapped_column(Text)  # the first bytes of the answer, or why there was none
+
+
+class Worker(Table):
+    """One GPU worker, as long as it shows itself. For people and readiness; no decision about a job rests on it."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    model: Mapped[str] = mapped_column(Text)
+    device: Mapped[str] = mapped_column(String(100))
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    seen_at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -20,6 +20,7 @@ from zcore.jobs.models import Event, Job, Output, WebhookAttempt, WebhookEvent
 from zcore.jobs.states import State
 
 COUNTED_AT_MOST = 10_000
+POSITION_AT_MOST = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def get(transaction: Transaction, job_id: uuid.UUID, owner: str | None = None) -
 
 
 def queue_position(transaction: Transaction, job: Job) -> int | None:
-    """1 for the job that is claimed next; None when it is not queued. Counts at most 10,000 before it."""
+    """1 for the job that is claimed next; None when it is not queued. Counts at most 1,000 before it."""
     if job.status != State.QUEUED:
         return None
     before = (
@@ -67,7 +68,7 @@ def queue_position(transaction: Transaction, job: Job) -> int | None:
             Job.status == State.QUEUED,
             or_(Job.priority > job.priority, and_(Job.priority == job.priority, Job.id < job.id)),
         )
-        .limit(COUNTED_AT_MOST)
+        .limit(POSITION_AT_MOST)
         .subquery()
     )
     return 1 + (transaction.session.scalar(select(func.count()).select_from(before)) or 0)

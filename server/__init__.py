@@ -1,0 +1,1 @@
+"""HTTP in: accepts requests, answers for jobs, serves the admin. Loads no torch."""

@@ -1,0 +1,53 @@
+"""Who is calling: the owner of an API key, or, where no keys are configured, anybody on this very machine.
+
+Takes a connection; gives the owner's name, which every job carries. The admin's session is in `pages`. Does not know
+jobs.
+"""
+
+import hmac
+import ipaddress
+from typing import Any
+
+from litestar.connection import ASGIConnection
+
+from zcore.errors import Unauthorized
+from zcore.settings import ServerSettings
+
+LOCAL_OWNER = "local"
+Connection = ASGIConnection[Any, Any, Any, Any]
+
+
+class Callers:
+    """The configured keys. With none, callers on the loopback interface are let in as `local`, and nobody else."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._keys = {name: key.encode() for name, key in settings.api_keys.items()}
+
+    def owner(self, connection: Connection) -> str:
+        """The caller's name. Raises `Unauthorized`."""
+        if not self._keys:
+            if _is_loopback(connection):
+                return LOCAL_OWNER
+            raise Unauthorized("no API keys are configured, so only callers on this machine are let in")
+        given = _given_key(connection).encode()
+        # Every key is compared, so that the time tells nothing.
+        fitting = [name for name, key in self._keys.items() if hmac.compare_digest(key, given)]
+        if not fitting:
+            raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`")
+        return fitting[0]
+
+
+def _given_key(connection: Connection) -> str:
+    scheme, _, key = connection.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _is_loopback(connection: Connection) -> bool:
+    """Also not through a proxy: a forwarded request comes from elsewhere, whatever its last hop."""
+    forwarded = "forwarded" in connection.headers or "x-forwarded-for" in connection.headers
+    if connection.client is None or forwarded:
+        return False
+    try:
+        return ipaddress.ip_address(connection.client.host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,61 @@
+"""Which addresses this service may post to: a server that follows its callers' URLs must not reach its own network.
+
+Takes a URL; gives the one address to connect to, resolved once, so that what was checked is what is used. Does not
+connect.
+"""
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+
+class ForbiddenAddress(Exception):
+    """The URL leads where this service must not go, or nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to connect (`url`, with an address in place of the name) and what the name was (`host`)."""
+
+    url: str
+    host: str
+    host_header: str
+
+
+def resolve(url: str, allow_private: bool) -> Target:
+    """The checked target of a URL.
+
+    Without `allow_private` only https is allowed, and loopback, private, link-local (so the metadata services of
+    clouds), multicast and reserved addresses are refused, also where only one of several answers is such.
+    Raises `ForbiddenAddress`.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme != "https" and not allow_private:
+        raise ForbiddenAddress("only https is allowed")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as fault:
+        raise ForbiddenAddress(f"{host} does not resolve") from fault
+    addresses = [ipaddress.ip_address(str(answer[4][0]).partition("%")[0]) for answer in answers]
+    if not allow_private:
+        for address in addresses:
+            if not _is_public(address):
+                raise ForbiddenAddress(f"{host} leads to {address}, which is not a public address")
+    chosen = addresses[0]
+    literal = f"[{chosen}]" if chosen.version == 6 else str(chosen)
+    netloc = f"{literal}:{port}"
+    return Target(parts._replace(netloc=netloc, fragment="").geturl(), host, parts.netloc)
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Addresses that carry an IPv4 one inside (mapped, 6to4, NAT64) are judged by that."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if inner is None and address in ipaddress.IPv6Network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return _is_public(inner)
+    return address.is_global and not address.is_multicast

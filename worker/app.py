@@ -1,0 +1,155 @@
+"""The worker's only wiring: settings in, threads and the Celery worker out.
+
+`run_worker` is one process per device: a pool of one thread, in which a ring of the doorbell drains the queue. Threads,
+not children: a fork after torch has computed hangs, and a stop flag or a life sign needs no second process. A worker
+that crashes is started again by whatever runs it (compose, systemd, `make run`); its job is rescued by lease.
+`run_upkeep` is the clock and the webhooks alone, for a host without a GPU.
+"""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+from celery import Celery
+from celery.signals import worker_shutting_down
+
+from worker.deliver import Deliverer
+from worker.generate import Generator
+from worker.gpu import load_pipeline
+from worker.presence import Presence
+from worker.shutdown import Shutdown
+from worker.upkeep import Upkeep
+from zcore.broker import DRAIN_TASK, GENERATE_QUEUE, Doorbell, make_app
+from zcore.errors import ZImageError
+from zcore.jobs.database import Database
+from zcore.keys import load_keys
+from zcore.settings import Settings, load_settings
+from zcore.storage import Storage, open_storage
+from zcore.telemetry import configure_logging, log
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What every kind of worker process has."""
+
+    settings: Settings
+    shutdown: Shutdown
+    database: Database
+    storage: Storage
+    app: Celery
+    doorbell: Doorbell
+    deliverer: Deliverer
+    upkeep: Upkeep
+
+
+def run_worker(overrides: Mapping[str, Any] | None = None) -> None:
+    """A GPU worker until SIGTERM or Ctrl-C. Ends with status 2 and one line when it cannot start."""
+    parts = _assemble("worker", overrides)
+    settings = parts.settings
+    try:
+        pipeline = load_pipeline(settings)
+    except ZImageError as fault:
+        _refuse(fault)
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    presence = Presence(parts.database, name, settings.model_location, settings.pipeline.device, parts.shutdown)
+    generator = Generator(
+        pipeline,
+        parts.database,
+        parts.storage,
+        settings.jobs,
+        settings.worker,
+        name=name,
+        shutdown=parts.shutdown,
+        on_ended=parts.deliverer.wake,
+    )
+    parts.app.task(name=DRAIN_TASK)(generator.drain)
+
+    def begin_shutdown(**_: Any) -> None:
+        log.info("worker.leaving")
+        parts.shutdown.begin()
+
+    worker_shutting_down.connect(begin_shutdown, weak=False)
+    presence.start()
+    if settings.worker.upkeep:
+        parts.deliverer.start()
+        parts.upkeep.start()
+    parts.doorbell.announce()  # jobs may have waited for a worker to start
+    log.info("worker.ready", model=settings.model_location)
+    try:
+        parts.app.worker_main(_celery_arguments())
+    finally:
+        parts.shutdown.begin()
+        generator.finish()
+        presence.stop()
+        _stop(parts, with_clock=settings.worker.upkeep)
+
+
+def run_upkeep(overrides: Mapping[str, Any] | None = None) -> None:
+    """The clock and the delivery of webhooks until SIGTERM or Ctrl-C."""
+    parts = _assemble("upkeep", overrides)
+
+    def begin_shutdown(_number: int, _frame: FrameType | None) -> None:
+        parts.shutdown.begin()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, begin_shutdown)
+    parts.deliverer.start()
+    parts.upkeep.start()
+    log.info("upkeep.ready")
+    while not parts.shutdown.wait(3600):
+        pass
+    _stop(parts, with_clock=True)
+
+
+def _assemble(process: str, overrides: Mapping[str, Any] | None) -> _Parts:
+    try:
+        settings = load_settings(os.environ, overrides)
+        configure_logging(settings.log, process)
+        keys = load_keys(settings)
+        database = Database(settings.database_url, settings.database.pool_size)
+        storage = open_storage(settings, keys.link)
+        storage.prepare()
+    except ZImageError as fault:
+        _refuse(fault)
+    shutdown = Shutdown(settings.worker.shutdown_grace_s)
+    app = make_app(settings)
+    doorbell = Doorbell(app)
+    interval_s = settings.worker.upkeep_interval_s
+    deliverer = Deliverer(
+        database, storage.link, settings.public_url, keys.webhook, settings.webhooks, interval_s, shutdown
+    )
+    upkeep = Upkeep(database, storage, doorbell.announce, deliverer.wake, interval_s, shutdown)
+    return _Parts(settings, shutdown, database, storage, app, doorbell, deliverer, upkeep)
+
+
+def _stop(parts: _Parts, with_clock: bool) -> None:
+    if with_clock:
+        parts.upkeep.stop()
+        parts.deliverer.stop()
+    parts.doorbell.close()
+    parts.database.close()
+    log.info("worker.ended")
+
+
+def _celery_arguments() -> list[str]:
+    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel=WARNING"]
+    name = f"zimage-{os.getpid()}@%h"
+    return [
+        "--quiet",
+        "worker",
+        "--pool=threads",
+        "--concurrency=1",
+        f"--queues={GENERATE_QUEUE}",
+        f"--hostname={name}",
+        *quiet,
+    ]
+
+
+def _refuse(fault: ZImageError) -> NoReturn:
+    print(f"worker: {fault.message}", file=sys.stderr)
+    raise SystemExit(2)

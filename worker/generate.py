@@ -1,0 +1,219 @@
+"""One job after another, as long as any is due: claim, paint, store, complete.
+
+Takes a loaded pipeline, the database and the storage; `drain` is what a ring of the doorbell runs. While the next
+picture is painted, the last one is encoded, uploaded and completed by other threads. Every way a job can end is here.
+Does not know Celery.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from sqlalchemy.exc import SQLAlchemyError
+
+from worker.pulse import Pulse
+from worker.shutdown import Shutdown
+from zcore.errors import (
+    GenerationCanceled,
+    GenerationHandedBack,
+    LeaseLost,
+    StorageError,
+    ZImageError,
+)
+from zcore.imaging.encode import encode_png
+from zcore.jobs import lifecycle
+from zcore.jobs.database import Database
+from zcore.jobs.lifecycle import Failure, Lease, StoredOutput
+from zcore.jobs.models import Job
+from zcore.request import GenerationRequest
+from zcore.settings import JobsSettings, WorkerSettings
+from zcore.storage import Storage
+from zcore.telemetry import bound, log
+
+if TYPE_CHECKING:
+    from zcore.imaging.pipeline import GenerationResult, ZImagePipeline
+
+UPLOAD_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+@dataclass(frozen=True)
+class _Painted:
+    """A job whose pixels are there and whose lease is still held."""
+
+    job: Job
+    lease: Lease
+    pulse: Pulse
+    request: GenerationRequest
+    result: "GenerationResult"
+
+
+class Generator:
+    """The GPU's work in this process. `drain` is called by one thread at a time; `finish` once, at the end."""
+
+    def __init__(
+        self,
+        pipeline: "ZImagePipeline",
+        database: Database,
+        storage: Storage,
+        jobs: JobsSettings,
+        settings: WorkerSettings,
+        name: str,
+        shutdown: Shutdown,
+        on_ended: Callable[[], None],
+    ) -> None:
+        """`on_ended` is called after each job that reached its end, so that its webhook need not wait for the clock."""
+        self._pipeline = pipeline
+        self._database = database
+        self._storage = storage
+        self._jobs = jobs
+        self._settings = settings
+        self._name = name
+        self._shutdown = shutdown
+        self._on_ended = on_ended
+        self._uploads = ThreadPoolExecutor(max_workers=settings.upload_backlog, thread_name_prefix="upload")
+        # Painting waits when this many painted jobs are not stored yet, so that a slow bucket cannot fill the memory.
+        self._backlog = threading.BoundedSemaphore(settings.upload_backlog)
+
+    def drain(self) -> int:
+        """Works until nothing is due or the worker is leaving. Gives the number of jobs it took."""
+        taken = 0
+        while not self._shutdown.is_begun:
+            with self._database.write() as transaction:
+                job = lifecycle.claim(transaction, self._name, self._jobs.lease_s)
+            if job is None:
+                break
+            taken += 1
+            with bound(job_id=str(job.id), attempt=job.attempt):
+                self._paint(job)
+        return taken
+
+    def finish(self) -> None:
+        """Waits until everything painted is stored and completed."""
+        self._uploads.shutdown(wait=True)
+
+    def _paint(self, job: Job) -> None:
+        log.info("job.claimed", priority=job.priority)
+        lease = lifecycle.lease_of(job)
+        pulse = Pulse(self._database, lease, self._jobs.lease_s, self._settings.progress_interval_s, self._shutdown)
+        pulse.start()
+        try:
+            request = msgspec.convert(job.request, GenerationRequest)
+            result = self._pipeline.generate(request, pulse.on_step)
+        except Exception as fault:
+            pulse.stop()
+            self._end_unpainted(lease, fault)
+            return
+        self._backlog.acquire()
+        self._uploads.submit(self._store, _Painted(job, lease, pulse, request, result))
+
+    def _store(self, painted: _Painted) -> None:
+        """Runs beside the next job's painting; the lease is held until the very end."""
+        with bound(job_id=str(painted.job.id), attempt=painted.job.attempt):
+            try:
+                self._complete(painted)
+            except Exception as fault:
+                self._end_unpainted(painted.lease, fault)
+            finally:
+                painted.pulse.stop()
+                self._backlog.release()
+
+    def _complete(self, painted: _Painted) -> None:
+        began = time.monotonic()
+        outputs = [self._put(painted, index) for index in range(len(painted.result.images))]
+        metrics = _metrics(painted, upload_ms=_milliseconds(time.monotonic() - began))
+        with self._database.write() as transaction:
+            job = lifecycle.complete(
+                transaction, painted.lease, outputs, metrics, self._pipeline.describe(), self._jobs.retention_s
+            )
+        if job is None:
+            self._storage.delete([output.key for output in outputs])
+            raise LeaseLost("another worker has this job by now")
+        log.info("job.succeeded", **metrics)
+        self._on_ended()
+        self._delete_leftovers(painted)
+
+    def _put(self, painted: _Painted, index: int) -> StoredOutput:
+        """Encodes and stores one picture; tries again for `upload_retry_s` while the lease is held."""
+        image = painted.result.images[index]
+        encoded = encode_png(image.image, painted.request, image.index, self._pipeline.describe())
+        key = _key(painted.job, painted.job.attempt, index, encoded.format)
+        give_up_at = time.monotonic() + self._settings.upload_retry_s
+        for attempt in range(10_000):
+            try:
+                self._storage.put(key, encoded.content, f"image/{encoded.format}")
+                break
+            except StorageError as fault:
+                if painted.pulse.is_lost:
+                    raise LeaseLost("another worker has this job by now") from fault
+                if time.monotonic() >= give_up_at or self._shutdown.is_overdue:
+                    raise
+                log.warning("upload.failed", key=key, error=fault.message)
+                self._shutdown.wait(UPLOAD_BACKOFF_S[min(attempt, len(UPLOAD_BACKOFF_S) - 1)])
+        return StoredOutput(
+            position=index,
+            key=key,
+            format=encoded.format,
+            width=encoded.width,
+            height=encoded.height,
+            bytes=len(encoded.content),
+            sha256=encoded.sha256,
+            seed=image.seed,
+        )
+
+    def _delete_leftovers(self, painted: _Painted) -> None:
+        """Pictures that earlier attempts stored before their worker was lost. Their keys are known, not listed."""
+        keys = [
+            _key(painted.job, attempt, index, "png")
+            for attempt in range(1, painted.job.attempt)
+            for index in range(painted.request.n)
+        ]
+        if keys:
+            self._storage.delete(keys)
+
+    def _end_unpainted(self, lease: Lease, fault: Exception) -> None:
+        """Every end but success. What the database does not take now, the lease's end puts right."""
+        try:
+            with self._database.write() as transaction:
+                if isinstance(fault, LeaseLost):
+                    log.warning("job.lease_lost")
+                    return
+                if isinstance(fault, GenerationCanceled):
+                    ended = lifecycle.acknowledge_cancel(transaction, lease)
+                elif isinstance(fault, GenerationHandedBack):
+                    ended = lifecycle.hand_back(transaction, lease)
+                else:
+                    ended = lifecycle.fail(transaction, lease, _failure(fault), self._jobs.retry_delay_s)
+        except SQLAlchemyError as unwritten:
+            log.error("job.end_not_written", error=type(unwritten).__name__, cause=type(fault).__name__)
+            return
+        log.info("job.ended", status=ended.status if ended else "lease lost", cause=type(fault).__name__)
+        self._on_ended()
+
+
+def _failure(fault: Exception) -> Failure:
+    if isinstance(fault, ZImageError):
+        return Failure(fault.code, fault.message, fault.retryable)
+    log.error("job.crashed", exc_info=fault)
+    return Failure("internal_error", f"the worker failed unexpectedly ({type(fault).__name__})", retryable=True)
+
+
+def _key(job: Job, attempt: int, index: int, file_format: str) -> str:
+    """Decided by job, attempt and index: two attempts never write the same object."""
+    return f"jobs/{job.id}/{attempt}-{index}.{file_format}"
+
+
+def _metrics(painted: _Painted, upload_ms: int) -> dict[str, Any]:
+    job = painted.job
+    assert job.started_at is not None, "a claimed job has started"
+    queue_ms = _milliseconds((job.started_at - job.available_at).total_seconds())
+    measured = {name: round(value) for name, value in asdict(painted.result.metrics).items()}
+    spent_ms = measured["encode_ms"] + measured["denoise_ms"] + measured["decode_ms"]
+    return {"queue_ms": queue_ms, **measured, "upload_ms": upload_ms, "total_ms": queue_ms + spent_ms + upload_ms}
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -1,0 +1,106 @@
+"""The clock that puts right what was lost: jobs of dead workers, unheard rings, pictures past their retention.
+
+Takes the database, the storage and a doorbell; `tick` does each chore once. Any number may run at once, on any hosts:
+every chore is a guarded change. `python -m worker.upkeep` runs it (and the delivery of webhooks) without a GPU.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from worker.shutdown import Shutdown
+from zcore.errors import StorageError
+from zcore.jobs import lifecycle, presence, queries
+from zcore.jobs.database import Database
+from zcore.storage import Storage
+from zcore.telemetry import log
+
+# A due job that nobody was told of for this long is announced again, a few at a time: each ring wakes one worker,
+# and a worker takes all that is due.
+SILENT_S = 5.0
+ANNOUNCED_AT_ONCE = 32
+EXPIRED_AT_ONCE = 50
+FORGET_EVERY_S = 600.0
+
+
+class Upkeep:
+    """The chores, and the thread that does them every `interval_s` seconds."""
+
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage,
+        announce: Callable[[], None],
+        on_ended: Callable[[], None],
+        interval_s: float,
+        shutdown: Shutdown,
+    ) -> None:
+        """`announce` rings the doorbell once; `on_ended` is called when a chore ended a job."""
+        self._database = database
+        self._storage = storage
+        self._announce = announce
+        self._on_ended = on_ended
+        self._interval_s = interval_s
+        self._shutdown = shutdown
+        self._forget_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+
+    def start(self) -> None:
+        """Ticks from now on, until shutdown."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Waits for the tick under way."""
+        self._thread.join()
+
+    def tick(self) -> None:
+        """Every chore once. One that fails is logged and does not keep the others from their turn."""
+        for chore in (self._rescue, self._announce_again, self._expire, self._forget):
+            try:
+                chore()
+            except (SQLAlchemyError, StorageError) as fault:
+                log.warning("upkeep.failed", chore=chore.__name__.strip("_"), error=str(fault).splitlines()[0])
+
+    def _run(self) -> None:
+        while not self._shutdown.wait(self._interval_s):
+            self.tick()
+
+    def _rescue(self) -> None:
+        with self._database.write() as transaction:
+            rescued = lifecycle.rescue(transaction)
+        for job in rescued:
+            log.warning("job.rescued", job_id=str(job.id), attempt=job.attempt, status=job.status, worker=job.worker)
+        if any(job.completed_at is not None for job in rescued):
+            self._on_ended()
+
+    def _announce_again(self) -> None:
+        with self._database.write() as transaction:
+            silent = lifecycle.mark_announced(transaction, SILENT_S, ANNOUNCED_AT_ONCE)
+        for _ in range(silent):
+            self._announce()
+
+    def _expire(self) -> None:
+        """Pictures first: a crash in between leaves the job as it was, and the next tick deletes again."""
+        with self._database.read() as transaction:
+            past = queries.past_retention(transaction, EXPIRED_AT_ONCE)
+        for job in past:
+            self._storage.delete([output.key for output in job.outputs])
+            with self._database.write() as transaction:
+                lifecycle.expire(transaction, job.id)
+            log.info("job.expired", job_id=str(job.id))
+
+    def _forget(self) -> None:
+        if time.monotonic() < self._forget_at:
+            return
+        self._forget_at = time.monotonic() + FORGET_EVERY_S
+        with self._database.write() as transaction:
+            lifecycle.forget_idempotency_keys(transaction)
+            presence.forget_lost(transaction)
+
+
+if __name__ == "__main__":
+    from worker.app import run_upkeep
+
+    run_upkeep()
