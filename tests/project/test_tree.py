@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -88,10 +88,25 @@ def test_the_lock_fits_machines_with_and_without_a_gpu() -> None:
     assert not [name for name in _pins() if name.startswith(("nvidia", "triton", "cuda"))]
 
 
-def test_what_the_server_needs_does_not_ask_for_torch() -> None:
+def test_an_installation_of_the_server_alone_brings_no_model_library() -> None:
+    """Followed through everything that its requirements require in turn, as they are installed here."""
     project = _project()
-    asked = [*project["dependencies"], *project["optional-dependencies"]["server"]]
-    assert not {Requirement(line).name for line in asked} & {*HEAVY, "safetensors", "torchvision"}
+    pending = [Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"]["server"])]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while pending:
+        asked = pending.pop()
+        name = canonicalize_name(asked.name)
+        if (name, frozenset(asked.extras)) in seen:
+            continue
+        seen.add((name, frozenset(asked.extras)))
+        for line in requires(name) or ():
+            further = Requirement(line)
+            extras = {"", *asked.extras}
+            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
+                pending.append(further)
+    names = {name for name, _ in seen}
+    assert {"litestar", "sqlalchemy"} <= names
+    assert not names & {*HEAVY, "safetensors", "torchvision"}
 
 
 def _python(*arguments: str) -> str:
