@@ -1,0 +1,1 @@
+"""Measurements. One file asks one question; dated results are in LOG.md."""

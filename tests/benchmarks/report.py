@@ -1,0 +1,26 @@
+"""How a benchmark says its result: samples as median and spread, everything as one JSON object, last."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """Median, p99 and extremes of at least two samples, rounded to three digits behind the point."""
+    ordered = sorted(samples)
+    p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
+    found = {"p50": statistics.median(ordered), "p99": p99, "min": ordered[0], "max": ordered[-1]}
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def report(question: str, **results: Any) -> None:
+    """Prints one line of JSON with the machine it was measured on."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
+    print(
+        "\n"
+        + json.dumps({"question": question, "at": datetime.now(UTC).date().isoformat(), "machine": machine, **results})
+    )

@@ -1,0 +1,59 @@
+"""How long does an idle worker take from a job's submission to its claim?
+
+Method: one real worker on the demo checkpoint, 40 jobs submitted one by one, each after the last has ended; the first
+5 are warm-up. Measured is `started_at - created_at` on the clock of the database, so it holds the commit, the ring, the
+broker and the claim. Asked for Redis with PostgreSQL, and for the embedded default (a folder, SQLite).
+"""
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.acceptance.installation import Installation
+from tests.benchmarks.report import report, spread
+from tests.services.s3 import Bucket
+
+pytestmark = pytest.mark.benchmarks
+
+JOBS = 40
+WARM_UP = 5
+
+
+@pytest.fixture
+def distributed(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Iterator[Installation]:
+    made = Installation.over(tmp_path, database_url, redis_url, s3, {})
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def embedded(tmp_path: Path, sqlite_url: str, s3: Bucket) -> Iterator[Installation]:
+    made = Installation.over(tmp_path, sqlite_url, "", s3, {})
+    yield made
+    made.stop()
+
+
+def test_claim_latency_with_redis(distributed: Installation) -> None:
+    report("ms from submission to claim, idle worker, PostgreSQL and Redis", ms=spread(_latencies_ms(distributed)))
+
+
+def test_claim_latency_embedded(embedded: Installation) -> None:
+    report("ms from submission to claim, idle worker, SQLite and folder broker", ms=spread(_latencies_ms(embedded)))
+
+
+def _latencies_ms(installation: Installation) -> list[float]:
+    installation.start_server()
+    installation.start_workers(1)
+    samples: list[float] = []
+    body = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 1}
+    with httpx.Client(base_url=installation.url, timeout=90) as client:
+        for _ in range(JOBS):
+            answer = client.post("/api/generate", json=body, headers={"prefer": "wait=60"})
+            job = answer.json()
+            assert job["status"] == "succeeded", job
+            waited = datetime.fromisoformat(job["started_at"]) - datetime.fromisoformat(job["created_at"])
+            samples.append(waited.total_seconds() * 1000)
+    return samples[WARM_UP:]
