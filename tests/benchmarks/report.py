@@ -19,8 +19,11 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 def report(question: str, **results: Any) -> None:
     """Prints one line of JSON with the machine it was measured on."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"
-    print(
-        "\n"
-        + json.dumps({"question": question, "at": datetime.now(UTC).date().isoformat(), "machine": machine, **results})
-    )
+    load = f"{os.getloadavg()[0]:.1f}"
+    result = {
+        "question": question,
+        "at": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load}, Python {platform.python_version()}",
+        **results,
+    }
+    print("\n" + json.dumps(result))
