@@ -1,0 +1,244 @@
+"""What a caller may ask for: every bound, every fault at once, nothing half accepted."""
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from zcore.errors import InvalidRequest
+from zcore.request import (
+    CHOSEN_SEED_BOUND,
+    METADATA_LIMIT_BYTES,
+    PROMPT_LIMIT_CHARACTERS,
+    SEED_BOUND,
+    GenerationDefaults,
+    GenerationRequest,
+    RequestLimits,
+    Submission,
+    parse_generation,
+    parse_submission,
+)
+
+LIMITS = RequestLimits(max_pixels=8192 * 8192)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 5000) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def parse(limits: RequestLimits = LIMITS, **fields: Any) -> Submission:
+    return parse_submission({"prompt": "a fox", **fields}, GenerationDefaults(), limits)
+
+
+def faults(body: dict[str, Any], limits: RequestLimits = LIMITS) -> dict[str, str]:
+    """What is wrong with it, by JSON pointer."""
+    with pytest.raises(InvalidRequest) as refused:
+        parse_submission(body, GenerationDefaults(), limits)
+    found = {error.pointer: error.detail for error in refused.value.errors}
+    assert len(found) == len(refused.value.errors), "a field is named twice"
+    return found
+
+
+# Bounds
+
+WITHIN = {
+    "prompt": ["x", "x" * PROMPT_LIMIT_CHARACTERS, "狐狸 🦊", " x "],
+    "template": [None, "photography", "x" * 100],
+    "width": [64, 80, 8192],
+    "height": [64, 80, 8192],
+    "steps": [1, 8, 9, 50],
+    "shift": [0.1, 3, 3.0, 20.0],
+    "seed": [0, 42, 2**63 - 1],
+    "n": [1, 8],
+    "version": [1],
+    "webhook_url": [None, "http://127.0.0.1:9/x?y=z", "https://caller.example", "https://[::1]:8443/"],
+    "metadata": [{}, {"order": [1, None, {"deep": True}]}, {"x": "y" * (METADATA_LIMIT_BYTES - 8)}],
+    "priority": [-10, 0, 10],
+}
+OUTSIDE = {
+    "prompt": ["", " \n\t", "x" * (PROMPT_LIMIT_CHARACTERS + 1), 7, None, "nul\0", "half \ud83e"],
+    "template": ["", "x" * 101, 7, "nul\0"],
+    "width": [0, -64, 63, 48, 65, 1000, 8193, 8208, 1024.0, "1024", True, None, 2**70],
+    "height": [0, -64, 63, 48, 65, 1000, 8193, 8208, 1024.0, "1024", True, None, 2**70],
+    "steps": [0, 51, -1, 8.5, "8", None],
+    "shift": [0, 0.0999, 20.0001, -3, math.nan, math.inf, "3", None],
+    "seed": [-1, 2**63, 2**80, 1.5, "42", None],
+    "n": [0, 9, -1, 1.5, None],
+    "version": [0, 2, "1", None],
+    "webhook_url": [
+        "",
+        "caller.example",
+        "/told",
+        "ftp://caller.example",
+        "file:///etc/passwd",
+        "https://",
+        "https://:443",
+        "https://anna:secret@caller.example",
+        "https://anna@caller.example",
+        "https://caller.example:0",
+        "https://caller.example:99999",
+        "https://[::1",
+        "https://caller.example/a b",
+        "https://caller.example/\nHost: other",
+        "https://caller.example/" + "x" * 2048,
+        7,
+    ],
+    "metadata": [[], "x", None, {"x": "y" * (METADATA_LIMIT_BYTES - 7)}, {"x": ["nul\0"]}, {"nul\0": 1}],
+    "priority": [-11, 11, 0.5, "high", None],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(name, value) for name, values in WITHIN.items() for value in values])
+def test_a_value_within_its_bounds_is_taken_as_it_is(field: str, value: Any) -> None:
+    made = parse(**{field: value})
+    assert getattr(made.request, field, getattr(made.delivery, field, "absent")) == value
+
+
+@pytest.mark.parametrize(("field", "value"), [(name, value) for name, values in OUTSIDE.items() for value in values])
+def test_a_value_outside_its_bounds_is_refused_by_name(field: str, value: Any) -> None:
+    assert list(faults({"prompt": "a fox", field: value})) == [f"/{field}"]
+
+
+def test_every_field_has_its_bounds_tried() -> None:
+    fields = {*GenerationRequest.__struct_fields__, *msgspec.structs.asdict(parse().delivery)}
+    assert set(WITHIN) == set(OUTSIDE) == fields
+
+
+@given(st.integers(-100, 10_000))
+def test_sides_are_multiples_of_16_from_64_to_8192(side: int) -> None:
+    allowed = 64 <= side <= 8192 and side % 16 == 0
+    if allowed:
+        assert parse(width=side, height=side).request.width == side
+    else:
+        assert set(faults({"prompt": "x", "width": side, "height": side})) == {"/width", "/height"}
+
+
+@given(st.integers())
+def test_seeds_are_the_natural_numbers_below_2_to_the_63(seed: int) -> None:
+    if 0 <= seed < SEED_BOUND:
+        assert parse(seed=seed).request.seed == seed
+    else:
+        assert set(faults({"prompt": "x", "seed": seed})) == {"/seed"}
+
+
+@given(st.dictionaries(st.sampled_from([*OUTSIDE, "widht", "x"]), JSON))
+def test_any_json_body_is_either_a_submission_that_can_be_kept_or_a_refusal(body: dict[str, Any]) -> None:
+    try:
+        made = parse_submission(body, GenerationDefaults(), LIMITS)
+    except InvalidRequest:
+        return
+    assert msgspec.json.decode(msgspec.json.encode(made.request), type=GenerationRequest) == made.request
+
+
+@pytest.mark.parametrize(
+    ("pixels", "allowed"), [(512 * 512, True), (512 * 512 - 1, False), (64 * 64, False), (8192 * 8192, True)]
+)
+def test_the_operators_cap_on_pixels_holds_and_is_named(pixels: int, allowed: bool) -> None:
+    limits = RequestLimits(max_pixels=pixels)
+    if allowed:
+        assert parse(limits, width=512, height=512).request.width == 512
+    else:
+        found = faults({"prompt": "x", "width": 512, "height": 512}, limits)
+        assert set(found) == {"/width", "/height"}
+        assert f"512x512 is 262144 pixels; at most {pixels}" in found["/width"]
+
+
+def test_limits_are_named_in_the_refusal() -> None:
+    found = faults({"prompt": "x", "steps": 51, "width": 65, "n": 0, "seed": -1})
+    assert "50" in found["/steps"]
+    assert "16" in found["/width"]
+    assert "1" in found["/n"]
+    assert "0" in found["/seed"]
+
+
+# Faults
+
+
+@given(st.sets(st.sampled_from(sorted(OUTSIDE))), st.data())
+def test_all_faults_are_named_at_once(wrong: set[str], data: st.DataObject) -> None:
+    assume(wrong)
+    values = {name: data.draw(st.sampled_from(OUTSIDE[name])) for name in sorted(wrong)}
+    assert set(faults({"prompt": "a fox", **values})) == {f"/{name}" for name in wrong}
+
+
+def test_what_fields_say_together_is_checked_though_others_are_wrong() -> None:
+    body = {"prompt": " ", "width": 8192, "height": 8192, "steps": 99, "metadata": {"x": "y" * 2000}, "priority": 11}
+    assert set(faults(body, RequestLimits())) == {
+        "/prompt", "/width", "/height", "/steps", "/metadata", "/priority",
+    }  # fmt: skip
+
+
+def test_a_prompt_has_to_be_there() -> None:
+    assert faults({}) == {"/prompt": "is required"}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("widht", "width"), ("promt", "prompt"), ("webhookurl", "webhook_url"), ("seeds", "seed"), ("step", "steps")],
+)
+def test_an_unknown_field_is_refused_with_the_nearest_one(written: str, meant: str) -> None:
+    found = faults({"prompt": "a fox", written: 1})
+    assert found == {f"/{written}": f"is not a field of a request; did you mean `{meant}`?"}
+
+
+def test_a_field_that_is_like_none_is_refused_without_a_guess() -> None:
+    assert faults({"prompt": "a fox", "qqqq": 1}) == {"/qqqq": "is not a field of a request"}
+
+
+def test_pointers_are_escaped() -> None:
+    assert set(faults({"prompt": "a fox", "a/b~c": 1})) == {"/a~1b~0c"}
+
+
+# Defaults
+
+
+def test_a_silent_caller_gets_the_operators_defaults() -> None:
+    defaults = GenerationDefaults(width=128, height=256, steps=4, shift=6.0)
+    request = parse_submission({"prompt": "a fox"}, defaults, LIMITS).request
+    assert (request.width, request.height, request.steps, request.shift) == (128, 256, 4, 6.0)
+    assert (request.n, request.template, request.version) == (1, None, 1)
+    assert parse_submission({"prompt": "a fox", "width": 512}, defaults, LIMITS).request.width == 512
+
+
+def test_a_seed_is_chosen_where_none_is_given() -> None:
+    seeds = [parse().request.seed for _ in range(50)]
+    assert len(set(seeds)) == 50
+    assert all(0 <= seed < CHOSEN_SEED_BOUND for seed in seeds)
+    assert parse(seed=0).request.seed == 0
+
+
+def test_pictures_of_one_request_have_seeds_in_a_row_that_wrap() -> None:
+    assert [parse(seed=40, n=3).request.seed_of(index) for index in range(3)] == [40, 41, 42]
+    assert [parse(seed=SEED_BOUND - 1, n=2).request.seed_of(index) for index in range(2)] == [SEED_BOUND - 1, 0]
+
+
+def test_a_request_cannot_be_changed() -> None:
+    request = parse().request
+    with pytest.raises(AttributeError):
+        request.seed = 1  # type: ignore[misc]
+
+
+def test_everything_that_decides_the_pixels_is_written_down() -> None:
+    written = msgspec.to_builtins(parse(seed=7).request)
+    assert set(written) == set(GenerationRequest.__struct_fields__)
+
+
+def test_a_picture_in_this_process_takes_no_delivery() -> None:
+    assert parse_generation({"prompt": "a fox", "seed": 3}).seed == 3
+    with pytest.raises(InvalidRequest, match="priority: belongs to a submitted job"):
+        parse_generation({"prompt": "a fox", "priority": 3})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "A cat sleeping", "width": 1024, "height": 1024, "steps": 9, "seed": 42},
+        {"prompt": "A sunset", "template": "photography"},
+    ],
+)
+def test_the_documented_bodies_are_accepted(body: dict[str, Any]) -> None:
+    assert parse_submission(body, GenerationDefaults(), RequestLimits()).request.prompt == body["prompt"]
