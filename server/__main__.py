@@ -2,12 +2,15 @@
 server.port=9000`.
 """
 
+import contextlib
 import os
 import sys
+from types import FrameType
 
 import uvicorn
 
 from server.app import create_app
+from server.watch import Watch
 from zcore.errors import ZImageError
 from zcore.settings import load_settings, overrides_from_arguments
 from zcore.telemetry import configure_logging
@@ -22,7 +25,7 @@ def main() -> None:
     except ZImageError as fault:
         print(f"server: {fault.message}", file=sys.stderr)
         raise SystemExit(2) from None
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.server.host,
         port=settings.server.port,
@@ -33,6 +36,23 @@ def main() -> None:
         access_log=False,
         log_config=None,
     )
+    server = _Server(config, app.state.watch)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        raise SystemExit(1)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which on SIGTERM answers at once those who wait for a job."""
+
+    def __init__(self, config: uvicorn.Config, watch: Watch) -> None:
+        super().__init__(config)
+        self._watch = watch
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._watch.release()
+        super().handle_exit(sig, frame)
 
 
 main()

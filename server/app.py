@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from litestar import Litestar, Request
+from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
@@ -16,14 +17,17 @@ from litestar.types import ControllerRouterHandler
 
 from server.auth import Callers
 from server.limits import PromptLimit
+from server.pages import admin_routes, answer_people, template_config
 from server.problems import EXCEPTION_HANDLERS
 from server.routes import files, health, jobs
 from server.watch import Watch
 from zcore.broker import Doorbell, make_app
+from zcore.errors import StorageError
 from zcore.jobs.database import Database
 from zcore.keys import load_keys
 from zcore.settings import Settings
 from zcore.storage import open_storage
+from zcore.telemetry import log
 
 BODY_LIMIT_BYTES = 1024 * 1024
 ROUTES: list[ControllerRouterHandler] = [
@@ -41,12 +45,17 @@ ROUTES: list[ControllerRouterHandler] = [
 def create_app(settings: Settings) -> Litestar:
     """The application of these settings.
 
-    Raises `ZImageError` where they cannot work; connects to nothing yet but storage.
+    Raises `ZImageError` where they cannot work; connects to nothing yet but storage. `state.watch` is the `Watch` that
+    holds waiting requests.
     """
     keys = load_keys(settings)
     database = Database(settings.database_url, settings.database.pool_size)
     storage = open_storage(settings, keys.link)
-    storage.prepare()
+    try:
+        storage.prepare()
+    except StorageError as fault:
+        # Jobs are accepted without it; workers prepare it too.
+        log.warning("storage.unreachable", error=fault.message)
     callers = Callers(settings.server)
     doorbell = Doorbell(make_app(settings))
 
@@ -59,22 +68,25 @@ def create_app(settings: Settings) -> Litestar:
         doorbell.close()
         database.close()
 
+    watch = Watch(database)
     parts = {
         "settings": settings,
         "database": database,
         "storage": storage,
         "doorbell": doorbell,
         "prompt_limit": PromptLimit.load(settings.templates_path, settings.model_location),
-        "watch": Watch(database),
+        "watch": watch,
     }
     return Litestar(
-        ROUTES,
+        [*ROUTES, *admin_routes(keys.admin, settings.public_url, storage)],
         dependencies={
             **{name: _same(part) for name, part in parts.items()},
             "owner": Provide(owner, sync_to_thread=False),
         },
-        exception_handlers=EXCEPTION_HANDLERS,
+        exception_handlers=answer_people(EXCEPTION_HANDLERS),
+        template_config=template_config(),
         lifespan=[lifespan],
+        state=State({"watch": watch}),
         request_max_body_size=BODY_LIMIT_BYTES,
         openapi_config=_openapi(settings),
         logging_config=None,  # `zcore.telemetry` has configured it

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
+from sqlalchemy import exc as database_errors
 
 from zcore import errors
 from zcore.errors import FieldError, InvalidRequest, ZImageError
@@ -26,6 +27,15 @@ STATUS: dict[type[ZImageError], HTTPStatus] = {
     errors.Gone: HTTPStatus.GONE,
     errors.StorageError: HTTPStatus.SERVICE_UNAVAILABLE,
 }
+# What the framework refuses by itself. Python's names of these statuses change between its versions.
+CODES = {
+    HTTPStatus.BAD_REQUEST: InvalidRequest.code,
+    HTTPStatus.NOT_FOUND: errors.NotFound.code,
+    HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type",
+}
+DATABASE_BACK_S = 5
 AnyRequest = Request[Any, Any, Any]
 
 
@@ -50,11 +60,29 @@ def _of_litestar(request: AnyRequest, fault: HTTPException) -> Response[dict[str
     headers = {name: value for name, value in (fault.headers or {}).items() if name.lower() != "content-type"}
     if isinstance(fault, ValidationException):
         found = cast(list[dict[str, Any]], fault.extra or [])
+        if any(entry.get("key") == "data" for entry in found):
+            return _problem(request, status, InvalidRequest.code, "the body has to be a JSON object", [], headers)
         fields = [FieldError(f"/{entry.get('key', '')}", str(entry.get("message", ""))) for entry in found]
         detail = InvalidRequest(fields).message or fault.detail
         return _problem(request, status, InvalidRequest.code, detail, fields, headers)
-    code = InvalidRequest.code if status == HTTPStatus.BAD_REQUEST else status.name.lower()
-    return _problem(request, status, code, fault.detail, [], headers)
+    return _problem(request, status, CODES.get(status, "refused"), fault.detail, [], headers)
+
+
+def _of_nesting(request: AnyRequest, _: RecursionError) -> Response[dict[str, Any]]:
+    """JSON that is nested too deeply to be read; nothing else here recurses by what a caller sent."""
+    detail = "the body is nested too deeply"
+    return _problem(request, HTTPStatus.BAD_REQUEST, InvalidRequest.code, detail, [], {})
+
+
+def _of_database(request: AnyRequest, fault: database_errors.SQLAlchemyError) -> Response[dict[str, Any]]:
+    """503 where the database does not answer: a caller may come back, and an Idempotency-Key makes that safe."""
+    gone = (database_errors.OperationalError, database_errors.InterfaceError, database_errors.TimeoutError)
+    if not isinstance(fault, gone):
+        return _of_anything(request, fault)
+    log.error("request.without_database", method=request.method, path=request.url.path, error=type(fault).__name__)
+    detail = f"the database does not answer; try again in {DATABASE_BACK_S} s"
+    headers = {"retry-after": str(DATABASE_BACK_S)}
+    return _problem(request, HTTPStatus.SERVICE_UNAVAILABLE, "database_unavailable", detail, [], headers)
 
 
 def _of_anything(request: AnyRequest, fault: Exception) -> Response[dict[str, Any]]:
@@ -87,5 +115,7 @@ def _problem(
 EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[AnyRequest, Any], Response[dict[str, Any]]]] = {
     ZImageError: problem_of,
     HTTPException: _of_litestar,
+    RecursionError: _of_nesting,
+    database_errors.SQLAlchemyError: _of_database,
     Exception: _of_anything,
 }

@@ -28,6 +28,7 @@ class Watch:
         self._database = database
         self._waiting: defaultdict[uuid.UUID, set[asyncio.Event]] = defaultdict(set)
         self._looking: asyncio.Task[None] | None = None
+        self._released = False
 
     async def ended(self, job_id: uuid.UUID, timeout_s: float) -> None:
         """Returns when the job is terminal, or after `timeout_s` seconds."""
@@ -44,9 +45,17 @@ class Watch:
             if not self._waiting[job_id]:
                 del self._waiting[job_id]
 
+    def release(self) -> None:
+        """Nobody waits any longer, now or later: the server is leaving. May be called by a signal's handler."""
+        self._released = True
+
     async def _look(self) -> None:
         while self._waiting:
             await asyncio.sleep(LOOK_EVERY_S)
+            if self._released:
+                for event in [event for events in self._waiting.values() for event in events]:
+                    event.set()
+                return
             wanted = list(self._waiting)
             try:
                 found = await asyncio.to_thread(self._terminal_of, wanted)

@@ -11,8 +11,11 @@ from urllib.parse import urlencode
 
 import msgspec
 from litestar import Response, get, post
+from litestar.connection import ASGIConnection
 from litestar.datastructures import ResponseHeader
 from litestar.enums import RequestEncodingType
+from litestar.exceptions import HTTPException
+from litestar.handlers import BaseRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import BodyKwarg, FromPath, FromQuery, HeaderParameter, QueryParameter
 from litestar.response import Redirect
@@ -27,13 +30,13 @@ from server.dependencies import (
     Owner,
 )
 from server.schemas import SUBMISSION_EXAMPLES, JobPage, Problem, submission_schema
-from zcore.errors import Gone
+from zcore.errors import Gone, InvalidRequest
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.jobs.queries import JobFilter
 from zcore.jobs.resource import JobResource, describe
 from zcore.jobs.states import TERMINAL, State
-from zcore.request import Submission, parse_submission
+from zcore.request import UNWRITABLE, Submission, parse_submission
 from zcore.settings import Settings
 from zcore.storage import Storage
 
@@ -43,12 +46,25 @@ POLL_AGAIN_S = 1
 _problems = {
     400: ResponseSpec(Problem, description="A field is outside its bounds; `errors` names each"),
     401: ResponseSpec(Problem, description="No API key, or a wrong one"),
+    503: ResponseSpec(Problem, description="The database does not answer"),
 }
-_no_such_job = {404: ResponseSpec(Problem, description="There is no such job"), 401: _problems[401]}
+_no_such_job = {
+    401: _problems[401],
+    404: ResponseSpec(Problem, description="There is no such job"),
+    503: _problems[503],
+}
+
+
+def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """Only JSON by name: a page of another site can make a browser post anything else to this machine, but not that."""
+    kind = connection.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(status_code=415, detail=f"the body has to be application/json, not {kind or 'unnamed'}")
 
 
 @post(
     "/api/generate",
+    guards=[_is_json],
     status_code=202,
     tags=["jobs"],
     summary="Submit a picture to be painted",
@@ -61,6 +77,8 @@ _no_such_job = {404: ResponseSpec(Problem, description="There is no such job"), 
     responses={
         **_problems,
         200: ResponseSpec(JobResource, description="The job ended within `Prefer: wait`"),
+        413: ResponseSpec(Problem, description="The body is larger than 1 MiB"),
+        415: ResponseSpec(Problem, description="The body is not `application/json`"),
         422: ResponseSpec(Problem, description="The Idempotency-Key was used with another body"),
     },
 )
@@ -141,6 +159,8 @@ def list_jobs(
     limit: Annotated[int, QueryParameter(ge=1, le=200)] = 50,
 ) -> JobPage:
     """One's own jobs. Follow `next` until it is null; a page costs the same at any depth."""
+    if text is not None and UNWRITABLE.search(text):
+        raise InvalidRequest.field("text", "holds what no prompt can")
     wanted = JobFilter(owner, status, text, created_from, created_before)
     with database.read() as transaction:
         page = queries.page(transaction, wanted, cursor, limit)
@@ -245,7 +265,12 @@ def _fingerprint(body: dict[str, Any]) -> str:
 
 def _bare(idempotency_key: str | None) -> str | None:
     """The draft wants a quoted string; bare ones are accepted too."""
-    return None if idempotency_key is None else idempotency_key.strip().strip('"')
+    if idempotency_key is None:
+        return None
+    bare = idempotency_key.strip().strip('"')
+    if not bare:
+        raise InvalidRequest.field("Idempotency-Key", "must not be empty")
+    return bare
 
 
 def _wanted_wait_s(prefer: str | None) -> int | None:
