@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
 
 from zcore.settings import Settings
 from zcore.telemetry import log
@@ -42,7 +41,9 @@ def make_app(settings: Settings) -> Celery:
         options = REDIS_OPTIONS
     app.conf.update(
         broker_transport_options=options,
+        # A worker waits for its broker as long as it takes; the database lets no job be lost meanwhile.
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
         task_default_queue=GENERATE_QUEUE,
         task_ignore_result=True,
         # Acknowledged when taken: who works on what is the database's business, and a lost ring is rung again.
@@ -85,8 +86,9 @@ class Doorbell:
                     expires=RING_LIFE_S,
                     retry_policy={"max_retries": 1, "interval_start": 0.1},
                 )
-            except (OperationalError, OSError) as fault:
-                log.warning("doorbell.failed", error=str(fault))
+            except Exception as fault:
+                # Whatever it was (a full Redis answers with errors of its own kind): the next ring is another matter.
+                log.warning("doorbell.failed", error=f"{type(fault).__name__}: {fault}")
 
 
 def _folder_options(folder: Path) -> dict[str, Any]:

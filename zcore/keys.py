@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from zcore.errors import ConfigurationError
 from zcore.settings import Settings
 
 WEBHOOK_SECRET_PREFIX = "whsec_"
@@ -26,13 +27,31 @@ class Keys:
 
 
 def load_keys(settings: Settings) -> Keys:
-    """The secrets of this installation. Writes `data_dir/keys/` where a secret has to be made."""
+    """The secrets of this installation. Writes `data_dir/keys/` where a secret has to be made.
+
+    Raises `ConfigurationError` where it cannot be kept there, and for a webhook secret that signs nothing.
+    """
     folder = settings.data_path / "keys"
-    return Keys(
-        admin=settings.server.admin_key or _kept(folder / "admin", lambda: f"zadm_{secrets.token_urlsafe(24)}"),
-        link=settings.storage.link_key or _kept(folder / "link", lambda: secrets.token_urlsafe(32)),
-        webhook=settings.webhooks.secret or _kept(folder / "webhook", _new_webhook_secret),
-    )
+    try:
+        keys = Keys(
+            admin=settings.server.admin_key or _kept(folder / "admin", lambda: f"zadm_{secrets.token_urlsafe(24)}"),
+            link=settings.storage.link_key or _kept(folder / "link", lambda: secrets.token_urlsafe(32)),
+            webhook=settings.webhooks.secret or _kept(folder / "webhook", _new_webhook_secret),
+        )
+    except OSError as fault:
+        raise ConfigurationError(f"data_dir: secrets cannot be kept in {folder}: {fault.strerror}") from fault
+    _check_webhook_secret(keys.webhook)
+    return keys
+
+
+def _check_webhook_secret(secret: str) -> None:
+    """Standard Webhooks 1.0.0: `whsec_` and the base64 of 24 to 64 bytes."""
+    try:
+        size = len(base64.b64decode(secret.removeprefix(WEBHOOK_SECRET_PREFIX), validate=True))
+    except ValueError:
+        size = 0
+    if not secret.startswith(WEBHOOK_SECRET_PREFIX) or not 24 <= size <= 64:
+        raise ConfigurationError(f"webhooks.secret: has to be {WEBHOOK_SECRET_PREFIX} and the base64 of 24 to 64 bytes")
 
 
 def _new_webhook_secret() -> str:

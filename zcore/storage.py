@@ -5,6 +5,7 @@ nothing is no error, a link works without a key until it expires. Does not know 
 S3 client itself does.
 """
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -12,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from urllib.parse import quote, urlencode
 
@@ -84,7 +85,7 @@ class DirectoryStorage:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
-            raise StorageError(f"{self._root}: cannot be made: {fault.strerror}") from fault
+            raise ConfigurationError(f"data_dir: {self._root} cannot be made: {fault.strerror}") from fault
 
     def put(self, key: str, content: bytes, content_type: str) -> None:
         path = self._path(key)
@@ -97,7 +98,8 @@ class DirectoryStorage:
                 os.fsync(file.fileno())
             draft.replace(path)
         except OSError as fault:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink()
             raise StorageError(f"{key}: cannot be written: {fault.strerror}") from fault
 
     def get(self, key: str) -> bytes:
@@ -111,7 +113,7 @@ class DirectoryStorage:
     def link(self, key: str) -> Link:
         expires_at = (datetime.now(UTC) + self._link_expiry).replace(microsecond=0)
         expires = int(expires_at.timestamp())
-        query = urlencode({"expires": expires, "signature": self._signature(key, expires)})
+        query = urlencode({"expires": expires, "signature": self._signature(_checked(key), expires)})
         return Link(f"{self._public_url}{FILES_ROUTE}/{quote(key)}?{query}", expires_at)
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -119,11 +121,12 @@ class DirectoryStorage:
             path = self._path(key)
             try:
                 path.unlink(missing_ok=True)
-                # The folder of a job goes with its last picture.
-                if path.parent != self._root and path.parent.is_dir() and not any(path.parent.iterdir()):
-                    path.parent.rmdir()
             except OSError as fault:
                 raise StorageError(f"{key}: cannot be deleted: {fault.strerror}") from fault
+            if path.parent != self._root:
+                # The folder of a job goes with its last picture.
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
 
     def open_link(self, key: str, expires: int, signature: str) -> Path:
         """The file behind a link. Raises `InvalidLink` for a wrong or old signature, `NotFound` for a purged object."""
@@ -140,10 +143,7 @@ class DirectoryStorage:
         return hmac.new(self._link_key, f"{key}\n{expires}".encode(), hashlib.sha256).hexdigest()
 
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if not parts or any(part in ("..", "/") for part in parts):
-            raise NotFound(f"there is no object {key}")
-        return self._root.joinpath(*parts)
+        return self._root / _checked(key)
 
 
 class BucketStorage:
@@ -164,29 +164,33 @@ class BucketStorage:
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except ClientError as fault:
+            if _status(fault) in (401, 403):
+                raise ConfigurationError(
+                    f"storage.access_key_id, secret_access_key: give no access to bucket {self._bucket}: {fault}"
+                ) from fault
             if _status(fault) != 404:
-                raise ConfigurationError(f"storage.bucket: {self._bucket}: {fault}") from fault
+                raise StorageError(f"bucket {self._bucket}: {fault}") from fault
             self._create_bucket()
         except BotoCoreError as fault:
             raise StorageError(f"bucket {self._bucket}: {fault}") from fault
 
     def put(self, key: str, content: bytes, content_type: str) -> None:
-        with _Faults(key):
+        with _Faults(_checked(key)):
             self._client.put_object(Bucket=self._bucket, Key=key, Body=content, ContentType=content_type)
 
     def get(self, key: str) -> bytes:
-        with _Faults(key):
+        with _Faults(_checked(key)):
             return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
 
     def link(self, key: str) -> Link:
         expires_at = (datetime.now(UTC) + timedelta(seconds=self._link_expiry_s)).replace(microsecond=0)
         url = self._public_client.generate_presigned_url(
-            "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=self._link_expiry_s
+            "get_object", Params={"Bucket": self._bucket, "Key": _checked(key)}, ExpiresIn=self._link_expiry_s
         )
         return Link(url, expires_at)
 
     def delete(self, keys: Iterable[str]) -> None:
-        wanted = list(keys)
+        wanted = [_checked(key) for key in keys]
         for start in range(0, len(wanted), DELETED_AT_ONCE):
             some = wanted[start : start + DELETED_AT_ONCE]
             with _Faults(some[0]):
@@ -219,7 +223,7 @@ class _Faults:
 
     def __exit__(self, _kind: type[BaseException] | None, fault: BaseException | None, _trace: object) -> None:
         if isinstance(fault, ClientError):
-            if _status(fault) == 404:
+            if _status(fault) == 404 and _code(fault) != "NoSuchBucket":
                 raise NotFound(f"there is no object {self._key}") from fault
             raise StorageError(f"{self._key}: {fault}") from fault
         if isinstance(fault, BotoCoreError):
@@ -228,6 +232,17 @@ class _Faults:
 
 def _status(fault: ClientError) -> int:
     return int(fault.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(fault: ClientError) -> str:
+    return fault.response.get("Error", {}).get("Code", "")
+
+
+def _checked(key: str) -> str:
+    """The key, where it names one place below the root, written in the one way. Raises `NotFound`."""
+    if not key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise NotFound(f"`{key}` names no object")
+    return key
 
 
 def _client(settings: StorageSettings, endpoint_url: str) -> "S3Client":
