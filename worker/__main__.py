@@ -5,6 +5,5 @@ worker.upkeep=false`.
 import sys
 
 from worker.app import run_worker
-from zcore.settings import overrides_from_arguments
 
-run_worker(overrides_from_arguments(sys.argv[1:]))
+run_worker(sys.argv[1:])

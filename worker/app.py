@@ -10,13 +10,17 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import FrameType
 from typing import Any, NoReturn
 
 from celery import Celery
 from celery.signals import worker_shutting_down
+from sqlalchemy import inspect
+from sqlalchemy.exc import SQLAlchemyError
 
 from worker.deliver import Deliverer
 from worker.generate import Generator
@@ -25,12 +29,15 @@ from worker.presence import Presence
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
 from zcore.broker import DRAIN_TASK, GENERATE_QUEUE, Doorbell, make_app
-from zcore.errors import ZImageError
+from zcore.errors import StorageError, ZImageError
 from zcore.jobs.database import Database
+from zcore.jobs.models import Job
 from zcore.keys import load_keys
-from zcore.settings import Settings, load_settings
+from zcore.settings import Settings, load_settings, overrides_from_arguments
 from zcore.storage import Storage, open_storage
 from zcore.telemetry import configure_logging, log
+
+WAITING_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 15.0)
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,15 @@ class _Parts:
     upkeep: Upkeep
 
 
-def run_worker(overrides: Mapping[str, Any] | None = None) -> None:
-    """A GPU worker until SIGTERM or Ctrl-C. Ends with status 2 and one line when it cannot start."""
-    parts = _assemble("worker", overrides)
+def run_worker(arguments: Sequence[str]) -> None:
+    """A GPU worker until SIGTERM or Ctrl-C; `arguments` are settings as `name=value`.
+
+    Waits for a database and a storage that do not answer yet; ends with status 2 and one line for what no waiting
+    mends.
+    """
+    parts = _assemble("worker", arguments)
     settings = parts.settings
+    _wait_for_services(parts)
     try:
         pipeline = load_pipeline(settings)
     except ZImageError as fault:
@@ -89,9 +101,10 @@ def run_worker(overrides: Mapping[str, Any] | None = None) -> None:
         _stop(parts, with_clock=settings.worker.upkeep)
 
 
-def run_upkeep(overrides: Mapping[str, Any] | None = None) -> None:
-    """The clock and the delivery of webhooks until SIGTERM or Ctrl-C."""
-    parts = _assemble("upkeep", overrides)
+def run_upkeep(arguments: Sequence[str]) -> None:
+    """The clock and the delivery of webhooks until SIGTERM or Ctrl-C; the rest as `run_worker`."""
+    parts = _assemble("upkeep", arguments)
+    _wait_for_services(parts)
 
     def begin_shutdown(_number: int, _frame: FrameType | None) -> None:
         parts.shutdown.begin()
@@ -106,14 +119,13 @@ def run_upkeep(overrides: Mapping[str, Any] | None = None) -> None:
     _stop(parts, with_clock=True)
 
 
-def _assemble(process: str, overrides: Mapping[str, Any] | None) -> _Parts:
+def _assemble(process: str, arguments: Sequence[str]) -> _Parts:
     try:
-        settings = load_settings(os.environ, overrides)
+        settings = load_settings(os.environ, overrides_from_arguments(arguments))
         configure_logging(settings.log, process)
         keys = load_keys(settings)
         database = Database(settings.database_url, settings.database.pool_size)
         storage = open_storage(settings, keys.link)
-        storage.prepare()
     except ZImageError as fault:
         _refuse(fault)
     shutdown = Shutdown(settings.worker.shutdown_grace_s)
@@ -125,6 +137,32 @@ def _assemble(process: str, overrides: Mapping[str, Any] | None) -> _Parts:
     )
     upkeep = Upkeep(database, storage, doorbell.announce, deliverer.wake, interval_s, shutdown)
     return _Parts(settings, shutdown, database, storage, app, doorbell, deliverer, upkeep)
+
+
+def _wait_for_services(parts: _Parts) -> None:
+    """Returns when storage and a migrated database answer: after a power cut everything starts at once, in any order,
+    and a worker that gave up would load its model again and again.
+    """
+    for attempt in count():
+        missing = _missing_service(parts)
+        if missing is None:
+            return
+        log.warning("worker.waiting", reason=missing)
+        time.sleep(WAITING_BACKOFF_S[min(attempt, len(WAITING_BACKOFF_S) - 1)])
+
+
+def _missing_service(parts: _Parts) -> str | None:
+    try:
+        if not inspect(parts.database.engine).has_table(Job.__tablename__):
+            return "the database has no tables yet: run `alembic upgrade head`"
+        parts.storage.prepare()
+    except SQLAlchemyError as fault:
+        return f"the database does not answer: {fault}".partition("\n")[0]
+    except StorageError as fault:
+        return fault.message
+    except ZImageError as fault:
+        _refuse(fault)
+    return None
 
 
 def _stop(parts: _Parts, with_clock: bool) -> None:

@@ -7,9 +7,11 @@ Does not know Celery.
 
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -116,43 +118,45 @@ class Generator:
             try:
                 self._complete(painted)
             except Exception as fault:
-                self._end_unpainted(painted.lease, fault)
+                if self._end_unpainted(painted.lease, fault):
+                    self._delete(_keys(painted, painted.job.attempt))
             finally:
                 painted.pulse.stop()
                 self._backlog.release()
 
     def _complete(self, painted: _Painted) -> None:
         began = time.monotonic()
-        outputs = [self._put(painted, index) for index in range(len(painted.result.images))]
+        give_up_at = began + self._settings.upload_retry_s
+        outputs = [self._put(painted, index, give_up_at) for index in range(len(painted.result.images))]
         metrics = _metrics(painted, upload_ms=_milliseconds(time.monotonic() - began))
         with self._database.write() as transaction:
             job = lifecycle.complete(
                 transaction, painted.lease, outputs, metrics, self._pipeline.describe(), self._jobs.retention_s
             )
         if job is None:
-            self._storage.delete([output.key for output in outputs])
             raise LeaseLost("another worker has this job by now")
         log.info("job.succeeded", **metrics)
         self._on_ended()
-        self._delete_leftovers(painted)
+        # Pictures that earlier attempts stored before their worker was lost. Their keys are known, not listed.
+        self._delete([key for attempt in range(1, job.attempt) for key in _keys(painted, attempt)])
 
-    def _put(self, painted: _Painted, index: int) -> StoredOutput:
-        """Encodes and stores one picture; tries again for `upload_retry_s` while the lease is held."""
+    def _put(self, painted: _Painted, index: int, give_up_at: float) -> StoredOutput:
+        """Encodes and stores one picture; tries again until `give_up_at`, while nothing calls the job off."""
         image = painted.result.images[index]
         encoded = encode_png(image.image, painted.request, image.index, self._pipeline.describe())
-        key = _key(painted.job, painted.job.attempt, index, encoded.format)
-        give_up_at = time.monotonic() + self._settings.upload_retry_s
-        for attempt in range(10_000):
+        key = _key(painted.job.id, painted.job.attempt, index)
+        for attempt in count():
             try:
                 self._storage.put(key, encoded.content, f"image/{encoded.format}")
                 break
             except StorageError as fault:
-                if painted.pulse.is_lost:
-                    raise LeaseLost("another worker has this job by now") from fault
-                if time.monotonic() >= give_up_at or self._shutdown.is_overdue:
+                painted.pulse.check()
+                if time.monotonic() >= give_up_at:
                     raise
                 log.warning("upload.failed", key=key, error=fault.message)
-                self._shutdown.wait(UPLOAD_BACKOFF_S[min(attempt, len(UPLOAD_BACKOFF_S) - 1)])
+                pause_s = UPLOAD_BACKOFF_S[min(attempt, len(UPLOAD_BACKOFF_S) - 1)]
+                if self._shutdown.wait(pause_s):
+                    time.sleep(UPLOAD_BACKOFF_S[0])
         return StoredOutput(
             position=index,
             key=key,
@@ -164,23 +168,25 @@ class Generator:
             seed=image.seed,
         )
 
-    def _delete_leftovers(self, painted: _Painted) -> None:
-        """Pictures that earlier attempts stored before their worker was lost. Their keys are known, not listed."""
-        keys = [
-            _key(painted.job, attempt, index, "png")
-            for attempt in range(1, painted.job.attempt)
-            for index in range(painted.request.n)
-        ]
-        if keys:
+    def _delete(self, keys: list[str]) -> None:
+        """As well as it goes: what stays behind costs space, not a job."""
+        if not keys:
+            return
+        try:
             self._storage.delete(keys)
+        except StorageError as fault:
+            log.warning("leftovers.stay", keys=keys, error=fault.message)
 
-    def _end_unpainted(self, lease: Lease, fault: Exception) -> None:
-        """Every end but success. What the database does not take now, the lease's end puts right."""
+    def _end_unpainted(self, lease: Lease, fault: Exception) -> bool:
+        """Every end but success; whether it is certain that this attempt did not succeed.
+
+        What the database does not take now, the lease's end puts right.
+        """
+        if isinstance(fault, LeaseLost):
+            log.warning("job.lease_lost")
+            return True
         try:
             with self._database.write() as transaction:
-                if isinstance(fault, LeaseLost):
-                    log.warning("job.lease_lost")
-                    return
                 if isinstance(fault, GenerationCanceled):
                     ended = lifecycle.acknowledge_cancel(transaction, lease)
                 elif isinstance(fault, GenerationHandedBack):
@@ -189,9 +195,10 @@ class Generator:
                     ended = lifecycle.fail(transaction, lease, _failure(fault), self._jobs.retry_delay_s)
         except SQLAlchemyError as unwritten:
             log.error("job.end_not_written", error=type(unwritten).__name__, cause=type(fault).__name__)
-            return
+            return False
         log.info("job.ended", status=ended.status if ended else "lease lost", cause=type(fault).__name__)
         self._on_ended()
+        return ended is not None
 
 
 def _failure(fault: Exception) -> Failure:
@@ -201,9 +208,13 @@ def _failure(fault: Exception) -> Failure:
     return Failure("internal_error", f"the worker failed unexpectedly ({type(fault).__name__})", retryable=True)
 
 
-def _key(job: Job, attempt: int, index: int, file_format: str) -> str:
+def _keys(painted: _Painted, attempt: int) -> list[str]:
+    return [_key(painted.job.id, attempt, index) for index in range(painted.request.n)]
+
+
+def _key(job_id: uuid.UUID, attempt: int, index: int) -> str:
     """Decided by job, attempt and index: two attempts never write the same object."""
-    return f"jobs/{job.id}/{attempt}-{index}.{file_format}"
+    return f"jobs/{job_id}/{attempt}-{index}.png"
 
 
 def _metrics(painted: _Painted, upload_ms: int) -> dict[str, Any]:

@@ -45,14 +45,13 @@ class Pulse:
         """Beats from now on."""
         self._thread.start()
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the job belongs to another worker by now."""
-        return self._lost
-
     def on_step(self, progress: "Progress") -> None:
-        """Notes the progress. Raises `LeaseLost`, `GenerationCanceled` or `GenerationHandedBack` when that is due."""
+        """Notes the progress, and raises what is due as `check` does."""
         self._progress = progress
+        self.check()
+
+    def check(self) -> None:
+        """Raises `LeaseLost`, `GenerationCanceled` or `GenerationHandedBack` when that is due."""
         if self._lost:
             raise LeaseLost("another worker has this job by now")
         if self._canceled:

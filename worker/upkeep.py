@@ -61,7 +61,11 @@ class Upkeep:
             try:
                 chore()
             except (SQLAlchemyError, StorageError) as fault:
-                log.warning("upkeep.failed", chore=chore.__name__.strip("_"), error=str(fault).splitlines()[0])
+                error = f"{type(fault).__name__}: {fault}".partition("\n")[0]
+                log.warning("upkeep.failed", chore=chore.__name__.strip("_"), error=error)
+            except Exception as fault:
+                # A clock that stops over a defect would strand every job of a lost worker.
+                log.error("upkeep.crashed", chore=chore.__name__.strip("_"), exc_info=fault)
 
     def _run(self) -> None:
         while not self._shutdown.wait(self._interval_s):
@@ -101,6 +105,8 @@ class Upkeep:
 
 
 if __name__ == "__main__":
+    import sys
+
     from worker.app import run_upkeep
 
-    run_upkeep()
+    run_upkeep(sys.argv[1:])
