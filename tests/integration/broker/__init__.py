@@ -1,0 +1,1 @@
+"""The doorbell, and a cable to pull."""

@@ -1,0 +1,126 @@
+"""An installation of the product for tests: its settings as an operator gives them, and its processes.
+
+Takes settings as dotted names; gives the environment, the parts that the processes would make of it, and the processes
+themselves, each with its log.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.services import process
+from tests.services.process import Running
+from tests.waiting import wait_until
+from zcore.jobs.database import Database
+from zcore.settings import Settings, load_settings
+
+TREE = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A `python -m server` that answers."""
+
+    url: str
+    running: Running
+
+
+@dataclass(frozen=True)
+class Installation:
+    """One data folder, one database; the demo profile, changed by `settings`."""
+
+    folder: Path
+    given: dict[str, Any]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its processes are started with."""
+        chosen = {"profile": "demo", "data_dir": str(self.folder), "log.format": "json", **self.given}
+        names = {f"ZIMAGE_{name.upper().replace('.', '__')}": _text(value) for name, value in chosen.items()}
+        return {**os.environ, "OMP_NUM_THREADS": "1", **names}
+
+    @property
+    def settings(self) -> Settings:
+        """What its processes make of that."""
+        return load_settings({name: text for name, text in self.environment.items() if name.startswith("ZIMAGE_")})
+
+    def changed(self, **settings: Any) -> "Installation":
+        """The same one with other settings; `server__port=1` for `server.port`."""
+        other = {name.replace("__", "."): value for name, value in settings.items()}
+        return Installation(self.folder, {**self.given, **other})
+
+    @contextmanager
+    def database(self) -> Iterator[Database]:
+        """Its record, open in this process."""
+        with closing(Database(self.settings.database_url)) as opened:
+            yield opened
+
+    def start(self, package: str, name: str = "", *arguments: str) -> Running:
+        """`python -m package`, its log in the data folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / f"{name or package}.log"
+        command = [sys.executable, "-m", package, *arguments]
+        return process.start(command, log, environment=self.environment, folder=TREE)
+
+    @contextmanager
+    def serving(self) -> Iterator[Server]:
+        """Its API, from the first answer to the end of the block."""
+        port = process.free_port()
+        running = self.changed(server__port=port).start("server", f"server-{port}")
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_until(lambda: answers(url, running), timeout_s=60)
+            yield Server(url, running)
+        finally:
+            running.stop(signal.SIGTERM)
+
+    @contextmanager
+    def working(self, package: str = "worker", name: str = "") -> Iterator[Running]:
+        """A worker (or another process) until the end of the block; nobody waits for it to be ready."""
+        running = self.start(package, name)
+        try:
+            yield running
+        finally:
+            running.stop(signal.SIGKILL)
+
+
+def answers(url: str, running: Running) -> bool:
+    """Whether the API is up; raises with its log when it has ended."""
+    running.check()
+    try:
+        return httpx.get(f"{url}/health/live", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def events(running: Running) -> list[dict[str, Any]]:
+    """The structured lines of a process's log so far."""
+    lines = running.log.read_text(errors="replace").splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def told(running: Running, event: str) -> bool:
+    """Whether the process has logged this event; raises with its log when it has ended."""
+    if any(line.get("event") == event for line in events(running)):
+        return True
+    running.check()
+    return False
+
+
+def _text(value: Any) -> str:
+    """As an environment variable: TOML for what is not text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {json.dumps(entry)}" for key, entry in value.items()) + " }"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(str(entry) for entry in value) + "]"
+    return json.dumps(value)

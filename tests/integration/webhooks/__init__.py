@@ -1,0 +1,1 @@
+"""Telling callers, and whom never to tell."""

@@ -1,0 +1,1 @@
+"""The worker: painting, ending, leaving, and the clock."""
