@@ -36,10 +36,13 @@ class JobFilter:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A stretch of a list, newest first; `next_cursor` is None at its end."""
+    """A stretch of a list, newest first. `next_cursor` leads to older jobs, `previous_cursor` (with `newer`) back to
+    newer ones; each is None at its end.
+    """
 
     jobs: Sequence[Job]
     next_cursor: str | None
+    previous_cursor: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +77,16 @@ def queue_position(transaction: Transaction, job: Job) -> int | None:
     return 1 + (transaction.session.scalar(select(func.count()).select_from(before)) or 0)
 
 
-def page(transaction: Transaction, wanted: JobFilter, cursor: str | None, limit: int) -> Page:
-    """Jobs newest first, `limit` (1 to 200) at a time.
+def page(transaction: Transaction, wanted: JobFilter, cursor: str | None, limit: int, *, newer: bool = False) -> Page:
+    """Jobs newest first, `limit` (1 to 200) at a time: those next below the cursor, or with `newer` next above it.
 
     Raises `InvalidRequest` for a cursor that this function did not make.
     """
-    statement = select(Job).order_by(Job.id.desc()).limit(limit + 1).options(selectinload(Job.outputs))
+    order = Job.id.asc() if newer else Job.id.desc()
+    statement = select(Job).order_by(order).limit(limit + 1).options(selectinload(Job.outputs))
     if cursor is not None:
-        statement = statement.where(Job.id < _from_cursor(cursor))
+        boundary = _from_cursor(cursor)
+        statement = statement.where(Job.id > boundary if newer else Job.id < boundary)
     if wanted.owner is not None:
         statement = statement.where(Job.owner == wanted.owner)
     if wanted.status is not None:
@@ -92,9 +97,15 @@ def page(transaction: Transaction, wanted: JobFilter, cursor: str | None, limit:
         statement = statement.where(Job.id >= _first_id_at(wanted.created_from))
     if wanted.created_before is not None:
         statement = statement.where(Job.id < _first_id_at(wanted.created_before))
-    jobs = transaction.session.scalars(statement).all()
-    more = len(jobs) > limit
-    return Page(jobs[:limit], _to_cursor(jobs[limit - 1].id) if more else None)
+    found = transaction.session.scalars(statement).all()
+    jobs = found[:limit][::-1] if newer else found[:limit]
+    more = len(found) > limit  # in the direction of travel; behind lies what the cursor came from
+    older, younger = (cursor is not None, more) if newer else (more, cursor is not None)
+    return Page(
+        jobs,
+        next_cursor=_to_cursor(jobs[-1].id) if jobs and older else None,
+        previous_cursor=_to_cursor(jobs[0].id) if jobs and younger else None,
+    )
 
 
 def timeline(transaction: Transaction, job_id: uuid.UUID) -> Timeline:
