@@ -124,6 +124,12 @@ def parse_generation(
     return parse_submission(fields, defaults or GenerationDefaults(), limits or RequestLimits()).request
 
 
+def said_plainly(message: str) -> str:
+    """msgspec's sentence without its path, which stands beside it in another form."""
+    sentence = message.split(" - at ")[0]
+    return sentence[:1].lower() + sentence[1:]
+
+
 def _valid_fields(fields: Mapping[str, Any], shape: type[msgspec.Struct], errors: list[FieldError]) -> dict[str, Any]:
     """Each field by itself, so that one answer names every fault: those that are right; the others go to `errors`."""
     known = {field.name: field for field in msgspec.structs.fields(shape)}
@@ -137,7 +143,7 @@ def _valid_fields(fields: Mapping[str, Any], shape: type[msgspec.Struct], errors
         try:
             value = msgspec.convert(fields[name], field.type)
         except msgspec.ValidationError as fault:
-            errors.append(FieldError(_pointer(name), _said_plainly(str(fault))))
+            errors.append(FieldError(_pointer(name), said_plainly(str(fault))))
             continue
         if any(UNWRITABLE.search(text) for text in _texts(value)):
             errors.append(FieldError(_pointer(name), "holds a NUL or half a surrogate pair, which cannot be stored"))
@@ -202,9 +208,3 @@ def _is_plain_web_address(url: str) -> bool:
 def _unknown_field(name: str) -> str:
     near = difflib.get_close_matches(name, (*GenerationRequest.__struct_fields__, *Delivery.__struct_fields__), n=1)
     return f"is not a field of a request; did you mean `{near[0]}`?" if near else "is not a field of a request"
-
-
-def _said_plainly(message: str) -> str:
-    """msgspec's sentence without its path, which the pointer already gives."""
-    sentence = message.split(" - at ")[0]
-    return sentence[:1].lower() + sentence[1:]

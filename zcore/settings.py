@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Meta, field
 
 from zcore.errors import ConfigurationError
-from zcore.request import GenerationDefaults, RequestLimits, Shift, Side, Steps
+from zcore.request import GenerationDefaults, RequestLimits, Shift, Side, Steps, said_plainly
 
 TREE = Path(__file__).resolve().parent.parent
 ENVIRONMENT_PREFIX = "ZIMAGE_"
@@ -33,7 +33,8 @@ ENVIRONMENT_RESERVED_PREFIX = "ZIMAGE_TEST_"
 
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")]
 DType = Literal["bfloat16", "float32", "float16"]
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=1_000_000_000)]
+Delay = Annotated[float, Meta(ge=0, le=86_400)]
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -155,7 +156,7 @@ class JobsSettings(_Section, frozen=True):
 
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
     lease_s: Seconds = 30.0
-    retry_delay_s: Annotated[float, Meta(ge=0)] = 2.0
+    retry_delay_s: Delay = 2.0
     retention_s: Seconds = 30 * 86_400.0
 
 
@@ -177,7 +178,7 @@ class WebhooksSettings(_Section, frozen=True):
     timeout_s: Seconds = 20.0
     concurrency: Annotated[int, Meta(ge=1, le=256)] = 8
     allow_private_addresses: bool = False
-    retry_schedule_s: tuple[float, ...] = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+    retry_schedule_s: tuple[Delay, ...] = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 
 
 class LogSettings(_Section, frozen=True):
@@ -246,7 +247,8 @@ class Settings(_Section, frozen=True):
     @property
     def public_url(self) -> str:
         """Where callers reach the API, without a slash at the end."""
-        return (self.server.public_url or f"http://{self.server.host}:{self.server.port}").rstrip("/")
+        host = f"[{self.server.host}]" if ":" in self.server.host else self.server.host
+        return (self.server.public_url or f"http://{host}:{self.server.port}").rstrip("/")
 
 
 def load_settings(
@@ -334,6 +336,10 @@ def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
         raise ConfigurationError(f"{origin} is not a setting{_nearest(name, list(names))}")
     if isinstance(value, str):
         value = _from_text(value, kind)
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as fault:
+        raise ConfigurationError(f"{origin}: {said_plainly(str(fault))}") from fault
     if key:
         tree.setdefault(section, {})[key] = value
     else:
@@ -380,11 +386,9 @@ def _checked(tree: dict[str, Any], path: Path, profile: str) -> Settings:
     try:
         return msgspec.convert(tree, Settings)
     except msgspec.ValidationError as fault:
-        sentence, _, where = str(fault).partition(" - at ")
+        _, _, where = str(fault).partition(" - at ")
         name = where.strip("`").removeprefix("$.")
-        raise ConfigurationError(
-            f"{path} (profile {profile}): `{name}`: {sentence[:1].lower() + sentence[1:]}"
-        ) from fault
+        raise ConfigurationError(f"{path} (profile {profile}): `{name}`: {said_plainly(str(fault))}") from fault
 
 
 def _nearest(name: str, known: list[str]) -> str:

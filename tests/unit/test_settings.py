@@ -1,0 +1,297 @@
+"""The operator's choices: one file with profiles, the environment above it, the command line on top."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from zcore.errors import ConfigurationError
+from zcore.settings import Settings, load_settings, overrides_from_arguments, setting_names
+
+TREE = Path(__file__).resolve().parents[2]
+SHIPPED = TREE / "config" / "config.toml"
+SNIPPETS = re.findall(
+    r"```toml\n(.*?)```", (Path(__file__).parent / "settings_in_the_wild.md").read_text(), flags=re.DOTALL
+)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Any:
+    """Writes a file of settings and gives its path."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "config.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def value(settings: Settings, name: str) -> Any:
+    found: Any = settings
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def as_toml(found: Any) -> str:
+    """A setting's value as TOML writes it."""
+    return "{}" if found == {} else msgspec.json.encode(found).decode()
+
+
+# The format
+
+
+def test_there_are_snippets_to_load() -> None:
+    assert len(SNIPPETS) == 9
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_what_the_models_documentation_writes_loads_unchanged(written: Any, snippet: str) -> None:
+    path = written(snippet)
+    for profile in ["default", *re.findall(r"^\[(\w+)", snippet, flags=re.MULTILINE)]:
+        assert load_settings({}, {"profile": profile}, path).profile == profile
+
+
+def test_the_snippets_values_arrive(written: Any) -> None:
+    loaded = [load_settings({}, file=written(snippet)) for snippet in SNIPPETS[:4]]
+    assert loaded[0].model_path == "/path/to/z-image"
+    assert loaded[0].encoder.hidden_layer == -2
+    assert loaded[0].generation_defaults.steps == 9
+    assert loaded[0].pytorch.long_prompt_mode == "interpolate"
+    assert (loaded[1].dype.enabled, loaded[1].dype.method) == (True, "vision_yarn")
+    assert loaded[2].slg.layers == (7, 8, 9, 10, 11, 12)
+    assert loaded[3].lora.scales == (0.5, 0.3)
+
+
+def test_compile_in_the_default_profile_holds_for_every_profile(written: Any) -> None:
+    path = written("[default.pytorch]\ncompile = true\n[small.encoder]\ndevice = 'cpu'\n")
+    assert load_settings({}, file=path).pytorch.compile
+    assert load_settings({"ZIMAGE_PROFILE": "small"}, file=path).pytorch.compile
+
+
+def test_the_shipped_file_and_each_of_its_profiles_load() -> None:
+    profiles = set(re.findall(r"^\[(\w+)", SHIPPED.read_text(), flags=re.MULTILINE))
+    assert {"default", "demo", "rtx4090", "rtx4080"} <= profiles
+    for profile in profiles:
+        assert load_settings({"ZIMAGE_PROFILE": profile}).profile == profile
+    assert load_settings({"ZIMAGE_PROFILE": "demo"}).generation_defaults.width == 128
+
+
+def test_an_empty_file_means_the_defaults(written: Any) -> None:
+    assert load_settings({}, file=written("")) == Settings()
+
+
+def test_what_the_shipped_default_profile_says_are_the_defaults() -> None:
+    assert load_settings({}) == Settings()
+
+
+# Layers
+
+
+def test_a_profile_changes_what_it_names_and_keeps_the_rest(written: Any) -> None:
+    path = written("[default.storage]\nbucket = 'a'\nregion = 'here'\n[big.storage]\nbucket = 'b'\n")
+    assert load_settings({}, file=path).storage.bucket == "a"
+    storage = load_settings({}, {"profile": "big"}, path).storage
+    assert (storage.bucket, storage.region) == ("b", "here")
+
+
+def test_each_layer_stands_above_the_one_before(written: Any) -> None:
+    path = written("[default.storage]\nbucket = 'default'\n[big.storage]\nbucket = 'profile'\n")
+    big = {"ZIMAGE_PROFILE": "big"}
+    environment = big | {"ZIMAGE_STORAGE__BUCKET": "environment"}
+    assert load_settings({}, file=path).storage.bucket == "default"
+    assert load_settings(big, file=path).storage.bucket == "profile"
+    assert load_settings(environment, file=path).storage.bucket == "environment"
+    assert load_settings(environment, {"storage.bucket": "option"}, path).storage.bucket == "option"
+
+
+def test_the_file_and_the_profile_are_chosen_by_option_before_environment(written: Any, tmp_path: Path) -> None:
+    path = written("[default]\nmodel_path = 'one'\n[big]\nmodel_path = 'big'\n")
+    other = tmp_path / "other.toml"
+    other.write_text("[default]\nmodel_path = 'other'\n")
+    environment = {"ZIMAGE_CONFIG": str(path), "ZIMAGE_PROFILE": "big"}
+    assert load_settings(environment).model_path == "big"
+    assert load_settings(environment, {"profile": "default"}).model_path == "one"
+    assert load_settings({"ZIMAGE_CONFIG": str(path)}, file=other).model_path == "other"
+
+
+def test_a_table_of_keys_grows_through_the_layers(written: Any) -> None:
+    path = written("[default.server.api_keys]\nk1 = 'anna'\n[big.server.api_keys]\nk2 = 'ben'\n")
+    assert load_settings({}, {"profile": "big"}, path).server.api_keys == {"k1": "anna", "k2": "ben"}
+
+
+@pytest.mark.parametrize("name", sorted(setting_names()))
+def test_every_setting_can_be_written_in_the_environment_on_the_command_line_and_in_the_file(
+    name: str, written: Any
+) -> None:
+    default = value(Settings(), name)
+    as_text = default if isinstance(default, str) else as_toml(default)
+    variable = "ZIMAGE_" + name.upper().replace(".", "__")
+    assert value(load_settings({variable: as_text}), name) == default
+    assert value(load_settings({}, {name: as_text}), name) == default
+    path = written(f"default.{name} = {as_toml(default)}\n")
+    assert value(load_settings({}, file=path), name) == default
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "meaning"),
+    [
+        ("ZIMAGE_STORAGE__BUCKET", "2024", "storage.bucket", "2024"),
+        ("ZIMAGE_STORAGE__BUCKET", "true", "storage.bucket", "true"),
+        ("ZIMAGE_MODEL_PATH", "/models/z", "model_path", "/models/z"),
+        ("ZIMAGE_SERVER__PORT", "9000", "server.port", 9000),
+        ("ZIMAGE_JOBS__LEASE_S", "12", "jobs.lease_s", 12.0),
+        ("ZIMAGE_PYTORCH__COMPILE", "true", "pytorch.compile", True),
+        ("ZIMAGE_SLG__LAYERS", "[1, 2]", "slg.layers", (1, 2)),
+        ("ZIMAGE_LORA__PATHS", '["a.safetensors"]', "lora.paths", ("a.safetensors",)),
+        ("ZIMAGE_SERVER__API_KEYS", '{k1 = "anna"}', "server.api_keys", {"k1": "anna"}),
+        ("ZIMAGE_ENCODER__DEVICE", "cuda:1", "encoder.device", "cuda:1"),
+    ],
+)
+def test_the_environments_text_is_read_as_the_setting_needs_it(
+    variable: str, text: str, name: str, meaning: Any
+) -> None:
+    assert value(load_settings({variable: text}), name) == meaning
+
+
+def test_other_names_of_the_environment_are_left_alone() -> None:
+    assert load_settings(
+        {"PATH": "/bin", "ZIMAGE_LAYOUT_DIR": "x", "ZIMAGE_TEST_DATABASE_URL": "y", "STORAGE__BUCKET": "z"}
+    ) == load_settings({})
+
+
+def test_arguments_of_the_command_line_become_overrides() -> None:
+    assert overrides_from_arguments(["server.port=9000", "database.url=postgresql://h/d?x=y"]) == {
+        "server.port": "9000",
+        "database.url": "postgresql://h/d?x=y",
+    }
+    with pytest.raises(ConfigurationError, match="`--fast`: settings are given as name=value"):
+        overrides_from_arguments(["--fast"])
+
+
+# Refusals
+
+
+def refusal(*arguments: Any, **named: Any) -> str:
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(*arguments, **named)
+    return refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "near"),
+    [
+        ("[default.storage]\nbuckett = 'x'\n", "storage.buckett", "storage.bucket"),
+        ("[default.server]\nlease_s = 3\n", "server.lease_s", "jobs.lease_s"),
+        ("[default.storrage]\nbucket = 'x'\n", "storrage", "storage"),
+        ("[default]\nmodelpath = 'x'\n", "modelpath", "model_path"),
+        ("[default]\nprofile = 'x'\n", "profile", None),
+        ("[never.pytorch]\ncompiled = true\n", "pytorch.compiled", "pytorch.compile"),
+        ("[storage]\nbucket = 'x'\n", "bucket", "storage.bucket"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(written: Any, text: str, wrong: str, near: str | None) -> None:
+    message = refusal({}, file=written(text))
+    assert f"`{wrong}` is not a setting" in message
+    assert near is None or f"did you mean `{near}`?" in message
+
+
+def test_an_unknown_name_in_the_environment_is_refused_with_the_nearest_one() -> None:
+    message = refusal({"ZIMAGE_STORAGE__BUCKETS": "x"})
+    assert message == ("environment variable ZIMAGE_STORAGE__BUCKETS is not a setting; did you mean `storage.bucket`?")
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_one() -> None:
+    assert refusal({}, {"servr.port": 1}) == "option servr.port is not a setting; did you mean `server.port`?"
+
+
+@pytest.mark.parametrize("environment", [{"ZIMAGE_PROFILE": "rtx409O"}, {}])
+def test_an_unknown_profile_is_refused_with_the_nearest_one(environment: dict[str, str]) -> None:
+    overrides = {} if environment else {"profile": "rtx409O"}
+    assert "there is no profile `rtx409O`; did you mean `rtx4090`?" in refusal(environment, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[default.server]\nport = 'high'\n", "`server.port`: expected `int`"),
+        ("[default.server]\nport = 70000\n", "`server.port`: expected `int` <= 65535"),
+        ("[default.encoder]\ndevice = 'gpu'\n", "`encoder.device`: "),
+        ("[default.pipeline]\ntorch_dtype = 'bf16'\n", "`pipeline.torch_dtype`: invalid enum value 'bf16'"),
+        ("[default.generation]\nwidth = 1000\n", "`generation.width`: expected `int` that's a multiple of 16"),
+        ("[default.generation]\nnum_inference_steps = 51\n", "`generation.num_inference_steps`: expected `int` <= 50"),
+        ("[default.limits]\nmax_pixels = 0\n", "`limits.max_pixels`: expected `int` >= 4096"),
+        ("[default.lora]\npaths = [1]\n", "`lora.paths[0]`: expected `str`"),
+        ("[default.jobs]\nretention_s = inf\n", "`jobs.retention_s`: expected `float` <= 1000000000"),
+        ("[default]\nmodel_path = 7\n", "`model_path`: expected `str`"),
+        ("[default.model_path]\nx = 7\n", "`model_path`: expected `str`"),
+        ("[default.storage.bucket]\nx = 7\n", "`storage.bucket`: expected `str`"),
+    ],
+)
+def test_a_bad_value_names_its_key_and_its_bound(written: Any, text: str, named: str) -> None:
+    message = refusal({}, file=written(text))
+    assert named in message
+    assert "config.toml (profile default)" in message
+
+
+def test_a_table_in_the_place_of_a_value_is_refused_in_any_layer(written: Any) -> None:
+    path = written("[default]\nmodel_path = 'x'\n[big.model_path]\ny = 1\n")
+    assert "`model_path`: expected `str`" in refusal({}, {"profile": "big"}, path)
+
+
+def test_a_bad_value_of_the_environment_or_an_option_names_its_origin() -> None:
+    message = "environment variable ZIMAGE_SERVER__PORT: expected `int`, got `str`"
+    assert refusal({"ZIMAGE_SERVER__PORT": "high"}) == message
+    assert refusal({}, {"server.port": 0}) == "option server.port: expected `int` >= 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bucket = 'x'\n", "`bucket` stands outside a profile"),
+        ("[default]\nstorage = 'x'\n", "`storage` has to be a table"),
+        ("[default\n", "is not valid TOML"),
+        ("[default]\na = 1\na = 2\n", "is not valid TOML"),
+    ],
+)
+def test_a_malformed_file_is_refused_by_name(written: Any, text: str, said: str) -> None:
+    path = written(text)
+    message = refusal({}, file=path)
+    assert message.startswith(f"{path}: ")
+    assert said in message
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    assert refusal({"ZIMAGE_CONFIG": str(path)}) == f"{path}: cannot be read: No such file or directory"
+    assert "cannot be read" in refusal({}, file=tmp_path)
+
+
+# Where things lie
+
+
+def test_paths_lie_in_the_tree_unless_they_are_absolute() -> None:
+    assert load_settings({}).data_path == TREE / "var"
+    assert load_settings({"ZIMAGE_DATA_DIR": "/srv/zimage"}).data_path == Path("/srv/zimage")
+    assert load_settings({}).templates_path == TREE / "templates" / "z_image"
+
+
+def test_without_a_database_it_is_a_file_in_the_data_folder() -> None:
+    assert load_settings({"ZIMAGE_DATA_DIR": "/srv/zimage"}).database_url == "sqlite:////srv/zimage/zimage.db"
+    assert load_settings({"ZIMAGE_DATABASE__URL": "postgresql://h/d"}).database_url == "postgresql://h/d"
+
+
+def test_a_model_is_a_folder_where_there_is_one_and_else_a_name_of_the_hub(tmp_path: Path) -> None:
+    assert load_settings({"ZIMAGE_MODEL_PATH": str(tmp_path)}).model_location == str(tmp_path)
+    assert load_settings({}).model_location == "Tongyi-MAI/Z-Image-Turbo"
+
+
+def test_the_public_address_has_no_slash_at_its_end() -> None:
+    assert load_settings({}).public_url == "http://127.0.0.1:8000"
+    assert load_settings({"ZIMAGE_SERVER__PUBLIC_URL": "https://pictures.example/"}).public_url == (
+        "https://pictures.example"
+    )
+    assert load_settings({"ZIMAGE_SERVER__HOST": "::1"}).public_url == "http://[::1]:8000"
