@@ -177,7 +177,7 @@ class ZImagePipeline:
             "hidden_layer": str(setup.hidden_layer),
             "attention_backend": setup.attention_backend,
             "compiled": setup.compiled,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "diffusers": _version("diffusers"),
             "transformers": _version("transformers"),
         }

@@ -61,10 +61,16 @@ def check_layout(folder: Path) -> None:
         _library, named = index.get(component) or (None, None)
         if named not in classes:
             raise CheckpointError(f"{folder / 'model_index.json'}: {component} is {named}; it has to be {classes[0]}")
+    expected = [folder / "scheduler" / "scheduler_config.json", folder / "tokenizer" / "tokenizer.json"]
     for component, file in WEIGHTS.items():
-        for path in _weight_files(folder / component / file):
-            if not path.is_file():
-                raise CheckpointError(f"{path} is not there")
+        expected += [folder / component / "config.json", *_weight_files(folder / component / file)]
+    for path in expected:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not there")
+    config = folder / "text_encoder" / "config.json"
+    if read_json(config).get("model_type") != "qwen3":
+        # transformers fills an empty configuration with its own idea of the network, of eight billion parameters.
+        raise CheckpointError(f"{config}: model_type has to be qwen3")
 
 
 def revision(folder: Path) -> str:

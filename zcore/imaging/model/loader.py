@@ -6,6 +6,8 @@ Does not know prompts, requests or pictures.
 """
 
 import importlib.util
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -62,13 +64,15 @@ def load(folder: Path, *, encoder: Placement, transformer: Placement, vae: Place
     from transformers import Qwen3Model
 
     check_layout(folder)
-    return Networks(
-        folder=folder,
-        revision=revision(folder),
-        text_encoder=_load(Qwen3Model, folder / "text_encoder", encoder),
-        transformer=_load(ZImageTransformer2DModel, folder / "transformer", transformer),
-        vae=_load(AutoencoderKL, folder / "vae", vae),
-    )
+    with _no_progress_bars():
+        return Networks(
+            folder=folder,
+            revision=revision(folder),
+            # Mismatches are reported below; unasked, transformers would raise without naming one.
+            text_encoder=_load(Qwen3Model, folder / "text_encoder", encoder, ignore_mismatched_sizes=True),
+            transformer=_load(ZImageTransformer2DModel, folder / "transformer", transformer),
+            vae=_load(AutoencoderKL, folder / "vae", vae),
+        )
 
 
 def build_meta(folder: Path) -> Networks:
@@ -180,11 +184,16 @@ def _kernel_fault(name: str, placement: Placement) -> str | None:
     return None
 
 
-def _load(network: Any, folder: Path, placement: Placement) -> nn.Module:
+def _load(network: Any, folder: Path, placement: Placement, **options: bool) -> nn.Module:
     """One network, complete. Raises `CheckpointError` naming what its files lack."""
     try:
         loaded, report = network.from_pretrained(
-            str(folder), dtype=placement.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            str(folder),
+            dtype=placement.dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
@@ -194,3 +203,19 @@ def _load(network: Any, folder: Path, placement: Placement) -> nn.Module:
         if names:
             raise CheckpointError(f"{folder}: {fault.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)")
     return cast(nn.Module, loaded.to(placement.device).eval().requires_grad_(False))
+
+
+@contextmanager
+def _no_progress_bars() -> Generator[None]:
+    """Standard error belongs to the log while a checkpoint loads."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

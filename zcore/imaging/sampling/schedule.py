@@ -10,5 +10,6 @@ the published checkpoint; it does not follow from the picture's size.
 
 def sigmas(steps: int, shift: float) -> list[float]:
     """`steps` + 1 noise levels, from 1 down to 0. For 8 and 3.0: 1, .9545, .9, .8333, .75, .6429, .5, .3, 0."""
-    levels = (1 - index / steps for index in range(steps))
-    return [*(shift * level / (1 + (shift - 1) * level) for level in levels), 0.0]
+    even = (1 - index / steps for index in range(steps))
+    # The formula above, divided by k above and below: this way the first level is exactly 1.
+    return [*(level / (level + (1 - level) / shift) for level in even), 0.0]

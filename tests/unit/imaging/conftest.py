@@ -1,0 +1,36 @@
+"""A tiny checkpoint, and a pipeline on it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.imaging.tiny_checkpoint import build_tiny_checkpoint
+from zcore.imaging.pipeline import ZImagePipeline
+
+TREE = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with random weights. Not to be written to."""
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The checkpoint that ships with the service."""
+    return TREE / "zcore" / "demo" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_folder: Path) -> ZImagePipeline:
+    """The tiny checkpoint in float32 on the CPU, with the shipped templates."""
+    return ZImagePipeline.from_pretrained(
+        tiny_folder,
+        templates_dir=TREE / "templates" / "z_image",
+        torch_dtype=torch.float32,
+        encoder_device="cpu",
+        dit_device="cpu",
+        vae_device="cpu",
+    )

@@ -1,0 +1,228 @@
+"""A checkpoint loads whole or not at all, and what is wrong with it is named."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zcore.errors import CheckpointError
+from zcore.imaging.model.checkpoint import check_layout, locate, revision
+from zcore.imaging.model.loader import (
+    Placement,
+    choose_attention,
+    device_of,
+    dtype_of,
+    transformer_placement,
+    vae_placement,
+)
+from zcore.imaging.pipeline import ZImagePipeline
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoint(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
+
+
+def load(folder: Path | str, **how: Any) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(folder, torch_dtype="float32", dit_device="cpu", **how)
+
+
+def test_a_folder_that_is_not_there_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"model_path: /no/such/folder is not a folder"):
+        load("/no/such/folder")
+
+
+def test_a_hub_id_that_is_not_cached_fails_offline_in_one_line() -> None:
+    with pytest.raises(CheckpointError, match=r"model_path: nobody/nothing is no folder, nor on the hub: .") as failure:
+        load("nobody/nothing")
+    assert "\n" not in failure.value.message
+
+
+def test_a_folder_is_taken_as_it_is(checkpoint: Path) -> None:
+    assert locate(str(checkpoint)) == checkpoint
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_file_that_is_not_there_is_named(checkpoint: Path, file: str) -> None:
+    (checkpoint / file).unlink()
+    with pytest.raises(CheckpointError, match=re.escape(str(checkpoint / file))):
+        load(checkpoint)
+
+
+def test_the_real_layout_without_its_weights_is_missing_its_first_shard(layout_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00003\.safetensors is not there"):
+        check_layout(layout_dir)
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "transformer", "vae", "scheduler"])
+def test_another_class_is_refused_by_name(checkpoint: Path, component: str) -> None:
+    change_json(checkpoint / "model_index.json", lambda index: index.update({component: ["diffusers", "FluxThing"]}))
+    with pytest.raises(CheckpointError, match=f"{component} is FluxThing; it has to be"):
+        load(checkpoint)
+
+
+def test_a_text_encoder_of_another_kind_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "text_encoder" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"text_encoder/config\.json: model_type has to be qwen3"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("fault", ["missing", "mismatched", "unexpected"])
+def test_weights_that_do_not_fit_are_named_and_never_made_up(checkpoint: Path, component: str, fault: str) -> None:
+    (file,) = (checkpoint / component).glob("*.safetensors")
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    if fault == "missing":
+        del weights[name]
+    elif fault == "mismatched":
+        weights[name] = torch.cat([weights[name], weights[name]])
+    else:
+        name = "layers.99.stray.weight"
+        weights[name] = torch.zeros(3)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as failure:
+        load(checkpoint)
+    assert component in failure.value.message
+
+
+def test_a_torn_weight_file_is_named(checkpoint: Path) -> None:
+    file = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="transformer cannot be loaded"):
+        load(checkpoint)
+
+
+def test_a_layer_that_the_text_encoder_lacks_is_named(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="hidden_layer: -9"):
+        load(checkpoint, hidden_layer=-9)
+
+
+def test_the_revision_follows_the_content_and_not_the_place(tiny_folder: Path, checkpoint: Path) -> None:
+    assert revision(checkpoint) == revision(tiny_folder)
+    assert len(revision(checkpoint)) == 16
+    file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight + 1 for name, weight in weights.items()}, file, {"format": "pt"})
+    assert revision(checkpoint) != revision(tiny_folder)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "meta", "", "mps", "cuda", "cuda:7"])
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(CheckpointError, match="device: "):
+        device_of(name)
+
+
+def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device_of("auto") == device_of("cpu") == CPU
+
+
+def test_a_type_goes_by_its_name_or_itself() -> None:
+    assert dtype_of("bfloat16") == dtype_of(torch.bfloat16) == torch.bfloat16
+    for unknown in ("float8", "int8", torch.int8):
+        with pytest.raises(CheckpointError, match="torch_dtype"):
+            dtype_of(unknown)
+
+
+def test_the_transformer_never_runs_in_float16(tiny_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"float16 .* black; use bfloat16 or float32"):
+        ZImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.float16)
+    assert transformer_placement(CPU, torch.bfloat16) == Placement(CPU, torch.bfloat16)
+
+
+def test_the_vae_decodes_in_float32_where_the_checkpoint_or_a_cpu_demands_it(checkpoint: Path) -> None:
+    gpu = torch.device("cuda")
+    assert vae_placement(checkpoint, gpu, torch.bfloat16).dtype == torch.float32
+    change_json(checkpoint / "vae" / "config.json", lambda config: config.update(force_upcast=False))
+    assert vae_placement(checkpoint, gpu, torch.bfloat16).dtype == torch.bfloat16
+    assert vae_placement(checkpoint, CPU, torch.bfloat16).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("backend", "package"),
+    [
+        ("flash_attn_3", "flash_attn_interface"),
+        ("flash_attn_2", "flash_attn"),
+        ("sage", "sageattention"),
+        ("xformers", "xformers"),
+    ],
+)
+def test_an_attention_backend_without_its_package_is_refused(backend: str, package: str) -> None:
+    with pytest.raises(CheckpointError, match=f"attention_backend: {backend} needs the package {package}"):
+        choose_attention(backend, Placement(CPU, torch.bfloat16))
+
+
+def test_an_attention_backend_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="attention_backend: flash is not one of auto, flash_attn_3"):
+        choose_attention("flash", Placement(CPU, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("backend", "placement", "complaint"),
+    [
+        ("flash_attn_2", Placement(CPU, torch.bfloat16), "needs a CUDA device"),
+        ("flash_attn_2", Placement(torch.device("cuda"), torch.float32), "computes in bfloat16"),
+        ("flash_attn_3", Placement(torch.device("cuda"), torch.bfloat16), "Hopper"),
+    ],
+)
+def test_an_installed_backend_that_cannot_run_here_says_why(
+    monkeypatch: pytest.MonkeyPatch, backend: str, placement: Placement, complaint: str
+) -> None:
+    install_every_kernel(monkeypatch, capability=(8, 9))
+    with pytest.raises(CheckpointError, match=f"attention_backend: {backend} .*{complaint}"):
+        choose_attention(backend, placement)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "chosen"),
+    [
+        ((9, 0), torch.bfloat16, "flash_attn_3"),
+        ((8, 9), torch.bfloat16, "flash_attn_2"),
+        ((7, 5), torch.bfloat16, "sdpa"),
+        ((9, 0), torch.float32, "sdpa"),
+    ],
+)
+def test_auto_takes_the_fastest_exact_backend_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, chosen: str
+) -> None:
+    install_every_kernel(monkeypatch, capability)
+    assert choose_attention("auto", Placement(torch.device("cuda"), dtype)) == chosen
+    assert choose_attention("auto", Placement(CPU, dtype)) == "sdpa"
+
+
+def install_every_kernel(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """As if on a machine with a GPU of this generation and all packages."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _package: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

@@ -1,0 +1,43 @@
+"""The noise levels are those of the reference."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zcore.imaging.sampling.schedule import sigmas
+
+STEPS = st.integers(1, 50)
+SHIFTS = st.floats(0.1, 20.0)
+
+
+def test_eight_steps_at_shift_three_are_eight_forwards_on_the_published_grid() -> None:
+    assert sigmas(8, 3.0) == pytest.approx([1, 21 / 22, 9 / 10, 5 / 6, 3 / 4, 9 / 14, 1 / 2, 3 / 10, 0], abs=1e-15)
+
+
+def test_nine_steps_are_nine_forwards_on_a_grid_of_their_own() -> None:
+    expected = [1, 0.96, 0.913, 0.857, 0.789, 0.706, 0.6, 0.462, 0.273, 0]
+    assert sigmas(9, 3.0) == pytest.approx(expected, abs=5e-4)
+
+
+def test_without_shift_the_levels_are_even() -> None:
+    assert sigmas(4, 1.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+@given(STEPS, SHIFTS)
+def test_levels_fall_from_one_to_zero_without_a_wasted_step(steps: int, shift: float) -> None:
+    levels = sigmas(steps, shift)
+    assert len(levels) == steps + 1
+    assert levels[0] == 1
+    assert levels[-1] == 0
+    assert all(level > following for level, following in pairwise(levels))
+
+
+@given(STEPS, SHIFTS)
+def test_levels_are_those_of_the_scheduler_in_diffusers(steps: int, shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=list(np.linspace(1.0, 1 / steps, steps)))
+    assert sigmas(steps, shift) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
