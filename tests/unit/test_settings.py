@@ -119,8 +119,8 @@ def test_the_file_and_the_profile_are_chosen_by_option_before_environment(writte
 
 
 def test_a_table_of_keys_grows_through_the_layers(written: Any) -> None:
-    path = written("[default.server.api_keys]\nk1 = 'anna'\n[big.server.api_keys]\nk2 = 'ben'\n")
-    assert load_settings({}, {"profile": "big"}, path).server.api_keys == {"k1": "anna", "k2": "ben"}
+    path = written("[default.server.api_keys]\nanna = 'k1'\n[big.server.api_keys]\nben = 'k2'\n")
+    assert load_settings({}, {"profile": "big"}, path).server.api_keys == {"anna": "k1", "ben": "k2"}
 
 
 @pytest.mark.parametrize("name", sorted(setting_names()))
@@ -147,7 +147,7 @@ def test_every_setting_can_be_written_in_the_environment_on_the_command_line_and
         ("ZIMAGE_PYTORCH__COMPILE", "true", "pytorch.compile", True),
         ("ZIMAGE_SLG__LAYERS", "[1, 2]", "slg.layers", (1, 2)),
         ("ZIMAGE_LORA__PATHS", '["a.safetensors"]', "lora.paths", ("a.safetensors",)),
-        ("ZIMAGE_SERVER__API_KEYS", '{k1 = "anna"}', "server.api_keys", {"k1": "anna"}),
+        ("ZIMAGE_SERVER__API_KEYS", '{anna = "k1"}', "server.api_keys", {"anna": "k1"}),
         ("ZIMAGE_ENCODER__DEVICE", "cuda:1", "encoder.device", "cuda:1"),
     ],
 )

@@ -9,7 +9,7 @@ from sqlalchemy import delete
 from tests.integration.jobs.examples import Clock
 from tests.services.postgres import Postgres
 from zcore.jobs.database import Database
-from zcore.jobs.models import Job
+from zcore.jobs.models import Job, Worker
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def postgresql(shared_record_url: str, clock: Clock) -> Iterator[Database]:
         yield opened
         with opened.write() as transaction:
             transaction.session.execute(delete(Job))
+            transaction.session.execute(delete(Worker))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The migrations make the very tables of the models, and can take them away again."""
 
-import subprocess
-import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect
@@ -47,12 +48,9 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return found
 
 
-def alembic(url: str, *command: str) -> None:
-    """What an operator types."""
-    done = subprocess.run(
-        [sys.executable, "-m", "alembic", "-x", f"url={url}", *command], cwd=TREE, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def settings_of_alembic(url: str) -> Config:
+    """As the command line makes them with `-x url=...`."""
+    return Config(toml_file=TREE / "pyproject.toml", cmd_opts=Namespace(x=[f"url={url}"]))
 
 
 def shape(engine: Engine) -> dict[str, Any]:
@@ -104,16 +102,16 @@ def test_migrated_tables_equal_those_made_from_the_models_to_the_letter(pair: Pa
 def test_down_to_the_first_revision_and_up_again(pair: Pair) -> None:
     with closing(Database(pair.migrated)) as database:
         before = shape(database.engine)
-        alembic(pair.migrated, "downgrade", "base")
+        command.downgrade(settings_of_alembic(pair.migrated), "base")
         assert shape(database.engine) == {}
-        alembic(pair.migrated, "upgrade", "head")
+        command.upgrade(settings_of_alembic(pair.migrated), "head")
         assert shape(database.engine) == before
 
 
 def test_upgrading_twice_keeps_what_is_stored(pair: Pair) -> None:
     with closing(Database(pair.migrated)) as database:
         job = submit(database)
-        alembic(pair.migrated, "upgrade", "head")
+        command.upgrade(settings_of_alembic(pair.migrated), "head")
         assert look(database, job.id).prompt == job.prompt
 
 

@@ -28,7 +28,7 @@ from zcore.errors import InvalidRequest, NotFound
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job, WebhookAttempt
-from zcore.jobs.queries import JobFilter
+from zcore.jobs.queries import JobFilter, Page
 from zcore.jobs.states import State
 
 
@@ -57,6 +57,38 @@ def test_pages_are_complete_and_without_doubles_while_jobs_are_added(database: D
         seen += page
         submit(database)
     assert seen == jobs[::-1]
+
+
+@pytest.mark.parametrize("limit", [1, 4, 5, 12])
+def test_pages_lead_back_to_where_they_came_from(database: Database, limit: int) -> None:
+    for _ in range(13):
+        submit(database)
+    down: list[Page] = []
+    cursor = None
+    with database.read() as transaction:
+        while not down or cursor is not None:
+            down.append(queries.page(transaction, JobFilter(), cursor, limit))
+            cursor = down[-1].next_cursor
+        assert down[0].previous_cursor is None
+        up = [down[-1]]
+        while up[-1].previous_cursor is not None:
+            up.append(queries.page(transaction, JobFilter(), up[-1].previous_cursor, limit, newer=True))
+    assert [[job.id for job in page.jobs] for page in up] == [[job.id for job in page.jobs] for page in down[::-1]]
+    assert up[-1].next_cursor == down[0].next_cursor
+
+
+def test_going_back_shows_what_was_added_meanwhile(database: Database) -> None:
+    jobs = [submit(database).id for _ in range(4)]
+    with database.read() as transaction:
+        first = queries.page(transaction, JobFilter(), None, 2)
+        second = queries.page(transaction, JobFilter(), first.next_cursor, 2)
+    added = [submit(database).id for _ in range(3)]
+    with database.read() as transaction:
+        back = queries.page(transaction, JobFilter(), second.previous_cursor, 4, newer=True)
+        assert [job.id for job in back.jobs] == [added[1], added[0], jobs[3], jobs[2]]
+        newest = queries.page(transaction, JobFilter(), back.previous_cursor, 4, newer=True)
+    assert [job.id for job in newest.jobs] == [added[2]]
+    assert newest.previous_cursor is None
 
 
 def test_filtered_pages_are_complete_too(database: Database) -> None:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.integration.jobs.examples import Clock, all_jobs, events, look, submission, submit, told, wait_until_blocked
-from zcore.errors import InvalidRequest
+from zcore.errors import KeyReused
 from zcore.jobs import lifecycle
 from zcore.jobs.database import Database
 from zcore.jobs.lifecycle import Submitted
@@ -53,7 +53,7 @@ def test_the_same_key_and_body_give_the_job_again(database: Database) -> None:
 
 def test_the_same_key_with_another_body_is_refused(database: Database) -> None:
     submit_keyed(database, "k")
-    with pytest.raises(InvalidRequest, match="already used with another body"):
+    with pytest.raises(KeyReused, match="already used with another body"):
         submit_keyed(database, "k", body="another body")
     assert len(all_jobs(database)) == 1
 
@@ -75,6 +75,17 @@ def test_a_key_is_forgotten_after_a_day_and_not_before(database: Database, clock
     assert not again.replayed
     assert again.job.id != first.job.id
     assert submit_keyed(database, "k", body="another body").job.id == again.job.id
+
+
+def test_old_keys_are_cleared_away_and_young_ones_kept(database: Database, clock: Clock) -> None:
+    old = submit_keyed(database, "old").job
+    clock.advance(DAY_S)
+    young = submit_keyed(database, "young").job
+    clock.advance(1)
+    with database.write() as transaction:
+        lifecycle.forget_idempotency_keys(transaction)
+    assert look(database, old.id).idempotency_key is None
+    assert look(database, young.id).idempotency_key == "young"
 
 
 @pytest.mark.timeout(120)
