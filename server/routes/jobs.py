@@ -29,6 +29,7 @@ from server.dependencies import (
     NamedWatch,
     Owner,
 )
+from server.problems import MEDIA_TYPE
 from server.schemas import SUBMISSION_EXAMPLES, JobPage, Problem, submission_schema
 from zcore.errors import Gone, InvalidRequest
 from zcore.jobs import lifecycle, queries
@@ -43,14 +44,19 @@ from zcore.storage import Storage
 LONGEST_WAIT_S = 60
 POLL_AGAIN_S = 1
 
+
+def _refusal(description: str) -> ResponseSpec:
+    return ResponseSpec(Problem, description=description, media_type=MEDIA_TYPE)
+
+
 _problems = {
-    400: ResponseSpec(Problem, description="A field is outside its bounds; `errors` names each"),
-    401: ResponseSpec(Problem, description="No API key, or a wrong one"),
-    503: ResponseSpec(Problem, description="The database does not answer"),
+    400: _refusal("A field is outside its bounds; `errors` names each"),
+    401: _refusal("No API key, or a wrong one"),
+    503: _refusal("The database does not answer"),
 }
 _no_such_job = {
     401: _problems[401],
-    404: ResponseSpec(Problem, description="There is no such job"),
+    404: _refusal("There is no such job"),
     503: _problems[503],
 }
 
@@ -77,9 +83,9 @@ def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler
     responses={
         **_problems,
         200: ResponseSpec(JobResource, description="The job ended within `Prefer: wait`"),
-        413: ResponseSpec(Problem, description="The body is larger than 1 MiB"),
-        415: ResponseSpec(Problem, description="The body is not `application/json`"),
-        422: ResponseSpec(Problem, description="The Idempotency-Key was used with another body"),
+        413: _refusal("The body is larger than 1 MiB"),
+        415: _refusal("The body is not `application/json`"),
+        422: _refusal("The Idempotency-Key was used with another body"),
     },
 )
 async def generate(
@@ -212,8 +218,8 @@ def cancel_job(
     status_code=302,
     responses={
         **_no_such_job,
-        404: ResponseSpec(Problem, description="There is no such job or picture"),
-        410: ResponseSpec(Problem, description="The picture was purged after its retention time"),
+        404: _refusal("There is no such job or picture"),
+        410: _refusal("The picture was purged after its retention time"),
     },
     sync_to_thread=True,
 )
@@ -267,7 +273,7 @@ def _bare(idempotency_key: str | None) -> str | None:
     """The draft wants a quoted string; bare ones are accepted too."""
     if idempotency_key is None:
         return None
-    bare = idempotency_key.strip().strip('"')
+    bare = idempotency_key.strip().strip('"').strip()
     if not bare:
         raise InvalidRequest.field("Idempotency-Key", "must not be empty")
     return bare

@@ -1,0 +1,98 @@
+"""A customer's webhook server for tests: it answers as told, and remembers what it was sent."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import msgspec
+
+
+@dataclass(frozen=True)
+class Told:
+    """One request that arrived."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The body as JSON."""
+        found: dict[str, Any] = msgspec.json.decode(self.body)
+        return found
+
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+def status(code: int, body: bytes = b"", **headers: str) -> Answer:
+    """Answers with this."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("content-length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+@dataclass
+class Receiver:
+    """Answers in order, the last one for ever."""
+
+    url: str
+    answers: list[Answer] = field(default_factory=lambda: [status(200)])
+    told: list[Told] = field(default_factory=list)
+    at_once: int = 0
+    most_at_once: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def script(self, *answers: Answer) -> None:
+        """What to answer from now on."""
+        self.answers = list(answers)
+
+
+@contextmanager
+def receiving() -> Iterator[Receiver]:
+    """A receiver on a loopback port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            with receiver.lock:
+                receiver.told.append(Told(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+                answer = receiver.answers.pop(0) if len(receiver.answers) > 1 else receiver.answers[0]
+                receiver.at_once += 1
+                receiver.most_at_once = max(receiver.most_at_once, receiver.at_once)
+            try:
+                answer(self)
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+            finally:
+                with receiver.lock:
+                    receiver.at_once -= 1
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        address_family = socket.AF_INET
+
+    server = Server(("127.0.0.1", 0), Handler)
+    receiver = Receiver(f"http://127.0.0.1:{server.server_address[1]}/hook")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield receiver
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
