@@ -170,7 +170,7 @@ class ZImagePipeline:
             "engine": _version("zimage"),
             "model": setup.name,
             "model_revision": self._revision,
-            "device": str(setup.transformer.device),
+            "device": _hardware(setup.transformer.device),
             "transformer_dtype": _spelled(setup.transformer.dtype),
             "encoder_dtype": _spelled(setup.encoder.dtype),
             "vae_dtype": _spelled(setup.vae.dtype),
@@ -270,6 +270,13 @@ def _unheard(_progress: Progress) -> None:
 def _generator(seed: int) -> torch.Generator:
     """On the CPU, whatever the device, so that a seed means the same noise everywhere."""
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def _hardware(device: torch.device) -> str:
+    """What computes. The number of threads is part of it: sums over other partitions differ in their last bits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def _spelled(dtype: torch.dtype) -> str:

@@ -1,5 +1,6 @@
 """A tiny checkpoint, and a pipeline on it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ from tests.unit.imaging.tiny_checkpoint import build_tiny_checkpoint
 from zcore.imaging.pipeline import ZImagePipeline
 
 TREE = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain little from a second thread; on a busy machine, waiting for it costs tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
