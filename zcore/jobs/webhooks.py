@@ -13,7 +13,8 @@ from sqlalchemy import select, update
 
 from zcore.errors import NotFound
 from zcore.jobs.database import Transaction
-from zcore.jobs.models import Output, WebhookAttempt, WebhookEvent
+from zcore.jobs.models import Job, Output, WebhookAttempt, WebhookEvent
+from zcore.jobs.states import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +107,12 @@ def resend(transaction: Transaction, event_id: uuid.UUID) -> None:
 
 
 def _output_keys(transaction: Transaction, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, dict[int, str]]:
+    """Of the pictures that are still there: those of expired jobs were deleted."""
     keys: dict[uuid.UUID, dict[int, str]] = {}
     for job_id, position, key in transaction.session.execute(
-        select(Output.job_id, Output.position, Output.key).where(Output.job_id.in_(job_ids))
+        select(Output.job_id, Output.position, Output.key)
+        .join(Job, Job.id == Output.job_id)
+        .where(Output.job_id.in_(job_ids), Job.status == State.SUCCEEDED)
     ):
         keys.setdefault(job_id, {})[position] = key
     return keys

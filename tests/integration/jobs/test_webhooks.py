@@ -7,11 +7,12 @@ from datetime import datetime
 
 import pytest
 
-from tests.integration.jobs.examples import HOOK, Clock, cancel, claim, complete, picture, submit
+from tests.integration.jobs.examples import HOOK, Clock, cancel, claim, complete, job_in, picture, submit
 from zcore.errors import NotFound
 from zcore.jobs import queries, webhooks
 from zcore.jobs.database import Database
 from zcore.jobs.models import WebhookAttempt, WebhookEvent
+from zcore.jobs.states import State
 from zcore.jobs.webhooks import AttemptOutcome, DueWebhook
 
 HOLD_S = 60.0
@@ -53,6 +54,13 @@ def test_what_is_due_comes_with_all_that_has_to_be_told(database: Database, cloc
     assert (due.type, due.url, due.attempt, due.created_at) == ("job.succeeded", HOOK, 1, clock.now)
     assert due.snapshot["id"] == str(job.id)
     assert due.output_keys == {0: picture(0).key, 1: picture(1).key}
+
+
+def test_what_is_told_late_names_no_pictures_that_were_deleted(database: Database, clock: Clock) -> None:
+    job_in(State.EXPIRED, database, clock, webhook_url=HOOK)
+    [due] = claim_due(database)
+    assert due.type == "job.succeeded"
+    assert due.output_keys == {}
 
 
 def test_nothing_is_due_twice_while_it_is_held(database: Database, clock: Clock) -> None:
