@@ -12,6 +12,7 @@ Python can say that it is too old. Does not know what the project does.
 import hashlib
 import os
 import shutil
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,10 @@ LOCK = ROOT / "config" / "requirements.lock"
 OLDEST_PYTHON = (3, 11)
 UV = "uv==0.13.9"
 EXTRAS = {"run": "server,worker", "test": "server,worker,dev"}
-# Measured: an environment with torch's CPU build takes 1.8 GB, and its downloads 1 GB while they are unpacked. The CUDA
-# build brings several GB of companions.
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+# Measured: .venv takes 1.8 GB with torch's CPU build and 5.2 GB with its CUDA build; the rest is for the downloads.
 FIRST_INSTALL_BYTES = 3 * 10**9
-FIRST_CUDA_INSTALL_BYTES = 12 * 10**9
+FIRST_CUDA_INSTALL_BYTES = 9 * 10**9
 LATER_INSTALL_BYTES = 3 * 10**8
 
 
@@ -132,27 +133,26 @@ def make_venv():
 
 
 def install(*wanted, cuda):
-    """Install by uv where it can be had, trying the smaller CPU build of torch first, else by pip."""
-    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check"]
-    attempts = [pip + ["install", *wanted]]
-    if subprocess.call(pip + ["install", "--quiet", UV], stderr=subprocess.DEVNULL) == 0:
-        attempts = [uv_command(*wanted, torch=option) for option in torch_options(cuda)] + attempts
-    for attempt in attempts:
-        if subprocess.call(attempt, cwd=str(ROOT)) == 0:
+    """Install by uv where it can be had, else by pip; either way the smaller CPU build of torch where that will do."""
+    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install"]
+    has_uv = subprocess.call(pip + ["--quiet", UV], stderr=subprocess.DEVNULL) == 0
+    attempts = [uv_install() + options for options in uv_torch_options(cuda)] if has_uv else []
+    attempts += [pip + options for options in pip_torch_options(cuda)]
+    for number, attempt in enumerate(attempts):
+        if number:
+            print("environment: that did not work; trying another way", file=sys.stderr, flush=True)
+        if subprocess.call(attempt + list(wanted), cwd=str(ROOT)) == 0:
             return
-        print("environment: that way did not work; trying the next one", file=sys.stderr, flush=True)
-    free_bytes = shutil.disk_usage(str(ROOT)).free
-    if free_bytes < LATER_INSTALL_BYTES:
+    if shutil.disk_usage(str(ROOT)).free < LATER_INSTALL_BYTES:
         raise Refusal("the disk of {} is full".format(ROOT))
     raise Refusal("the packages could not be installed; the lines above say why")
 
 
-def torch_options(cuda):
-    """Which builds of torch to ask uv for, the best first.
+def uv_torch_options(cuda):
+    """How to ask uv for torch, the best way first.
 
-    uv does not read pip's configuration, so wheels that this machine keeps for pip are shown to it. Without such
-    wheels, a machine without a GPU asks PyTorch's own index for the CPU build, which is a tenth of the size, and takes
-    the usual one where that index cannot be reached.
+    Wheels that this machine keeps for pip come first: whoever put them there has chosen. Without them a machine without
+    a GPU takes the CPU build from PyTorch's own index, and the usual one where that cannot be reached.
     """
     folders = pip_setting("find-links").split()
     if folders:
@@ -160,12 +160,22 @@ def torch_options(cuda):
     return [[]] if cuda else [["--torch-backend", "cpu"], []]
 
 
-def uv_command(*wanted, torch):
+def pip_torch_options(cuda):
+    """The same for pip, which finds configured wheels by itself. An index that cannot be reached is only a warning."""
+    if cuda or pip_setting("find-links"):
+        return [[]]
+    return [["--retries", "0", "--extra-index-url", CPU_WHEELS], []]
+
+
+def uv_install():
+    """uv's command, with pip's index and this machine's certificates: by itself uv looks at neither."""
     index = pip_setting("index-url")
-    return [
-        str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON),
-        *(["--default-index", index] if index else []), *torch, *wanted,
-    ]  # fmt: skip
+    trust = ssl.get_default_verify_paths()
+    return (
+        [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON)]
+        + (["--system-certs"] if trust.cafile or trust.capath else [])
+        + (["--default-index", index] if index else [])
+    )
 
 
 def pip_setting(name):
