@@ -7,8 +7,7 @@ Does not know Celery.
 
 import threading
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
+from worker import pictures
 from worker.pulse import Pulse
 from worker.shutdown import Shutdown
 from zcore.errors import (
@@ -84,8 +84,13 @@ class Generator:
         """Works until nothing is due or the worker is leaving. Gives the number of jobs it took."""
         taken = 0
         while not self._shutdown.is_begun:
-            with self._database.write() as transaction:
-                job = lifecycle.claim(transaction, self._name, self._jobs.lease_s)
+            try:
+                with self._database.write() as transaction:
+                    job = lifecycle.claim(transaction, self._name, self._jobs.lease_s)
+            except SQLAlchemyError as fault:
+                # The clock rings again for what is still due when the database is back.
+                log.warning("job.not_claimed", error=type(fault).__name__)
+                break
             if job is None:
                 break
             taken += 1
@@ -119,7 +124,7 @@ class Generator:
                 self._complete(painted)
             except Exception as fault:
                 if self._end_unpainted(painted.lease, fault):
-                    self._delete(_keys(painted, painted.job.attempt))
+                    self._delete(painted, [painted.job.attempt])
             finally:
                 painted.pulse.stop()
                 self._backlog.release()
@@ -138,13 +143,13 @@ class Generator:
         log.info("job.succeeded", **metrics)
         self._on_ended()
         # Pictures that earlier attempts stored before their worker was lost. Their keys are known, not listed.
-        self._delete([key for attempt in range(1, job.attempt) for key in _keys(painted, attempt)])
+        self._delete(painted, range(1, job.attempt))
 
     def _put(self, painted: _Painted, index: int, give_up_at: float) -> StoredOutput:
         """Encodes and stores one picture; tries again until `give_up_at`, while nothing calls the job off."""
         image = painted.result.images[index]
         encoded = encode_png(image.image, painted.request, image.index, self._pipeline.describe())
-        key = _key(painted.job.id, painted.job.attempt, index)
+        key = pictures.key_of(painted.job.id, painted.job.attempt, index)
         for attempt in count():
             try:
                 self._storage.put(key, encoded.content, f"image/{encoded.format}")
@@ -168,14 +173,12 @@ class Generator:
             seed=image.seed,
         )
 
-    def _delete(self, keys: list[str]) -> None:
+    def _delete(self, painted: _Painted, attempts: Iterable[int]) -> None:
         """As well as it goes: what stays behind costs space, not a job."""
-        if not keys:
-            return
         try:
-            self._storage.delete(keys)
+            self._storage.delete(pictures.keys_of(painted.job.id, attempts, painted.request.n))
         except StorageError as fault:
-            log.warning("leftovers.stay", keys=keys, error=fault.message)
+            log.warning("leftovers.stay", error=fault.message)
 
     def _end_unpainted(self, lease: Lease, fault: Exception) -> bool:
         """Every end but success; whether it is certain that this attempt did not succeed.
@@ -206,15 +209,6 @@ def _failure(fault: Exception) -> Failure:
         return Failure(fault.code, fault.message, fault.retryable)
     log.error("job.crashed", exc_info=fault)
     return Failure("internal_error", f"the worker failed unexpectedly ({type(fault).__name__})", retryable=True)
-
-
-def _keys(painted: _Painted, attempt: int) -> list[str]:
-    return [_key(painted.job.id, attempt, index) for index in range(painted.request.n)]
-
-
-def _key(job_id: uuid.UUID, attempt: int, index: int) -> str:
-    """Decided by job, attempt and index: two attempts never write the same object."""
-    return f"jobs/{job_id}/{attempt}-{index}.png"
 
 
 def _metrics(painted: _Painted, upload_ms: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from worker import pictures
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
 from zcore.jobs import lifecycle, presence, queries
@@ -76,8 +77,12 @@ class Upkeep:
             rescued = lifecycle.rescue(transaction)
         for job in rescued:
             log.warning("job.rescued", job_id=str(job.id), attempt=job.attempt, status=job.status, worker=job.worker)
-        if any(job.completed_at is not None for job in rescued):
+        ended = [job for job in rescued if job.completed_at is not None]
+        if ended:
             self._on_ended()
+        for job in ended:
+            # Its workers may have died between storing pictures and saying so.
+            self._storage.delete(pictures.keys_of(job.id, range(1, job.attempt + 1), int(job.request["n"])))
 
     def _announce_again(self) -> None:
         with self._database.write() as transaction:
