@@ -15,8 +15,8 @@ from packaging.utils import canonicalize_name
 TREE = Path(__file__).resolve().parents[2]
 PACKAGES = ("server", "worker", "zcore")
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
-# A home, a workplace, a folder of wheels, a folder as an index: none of them is where the reader is.
-MACHINE_PATH = re.compile(r"/(home|Users|root|work|opt)/[A-Za-z]|file://")
+# A home, a workplace, a folder of wheels: none of them is where the reader is.
+MACHINE_PATH = re.compile(r"/(home|Users|root|work|opt)/[A-Za-z]")
 BINARY = (".safetensors", ".png", ".jpg", ".webp", ".avif", ".ico", ".woff2", ".bin", ".pt")
 
 
