@@ -1,12 +1,15 @@
 """The sizes of the miniature: each part of a Z-Image pipeline, untrained, in the stock classes.
 
-Every part is the class that the real checkpoint names; only the numbers are smaller. The sizes hold the whole below 20 MB in
-bfloat16. `axes_lens` is the real one, so limits on prompt length and picture size are those of the real model.
+Every part is the class that the real checkpoint names; only the numbers are smaller. The sizes hold the whole below
+20 MB in bfloat16. `axes_lens` is the real one, so limits on prompt length and picture size are those of the real
+model.
 """
 
 from typing import Any, Final
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from transformers import Qwen3Config, Qwen3Model
 
 from zcore.demo.tokenizer import SPECIAL_TOKENS, VOCABULARY_SIZE
@@ -15,6 +18,9 @@ TEXT_WIDTH: Final = 128
 LATENT_CHANNELS: Final = 16
 PIXELS_PER_LATENT: Final = 8
 SHIFT: Final = 3.0
+AXES_DIMS: Final = (8, 12, 12)
+"""Parts of a head that turn by caption place, row and column."""
+ROPE_THETA: Final = 256.0
 
 _TRANSFORMER: Final[dict[str, Any]] = {
     "all_patch_size": (2,),
@@ -28,9 +34,9 @@ _TRANSFORMER: Final[dict[str, Any]] = {
     "norm_eps": 1e-5,
     "qk_norm": True,
     "cap_feat_dim": TEXT_WIDTH,
-    "rope_theta": 256.0,
+    "rope_theta": ROPE_THETA,
     "t_scale": 1000.0,
-    "axes_dims": [8, 12, 12],
+    "axes_dims": list(AXES_DIMS),
     "axes_lens": [1536, 512, 512],
 }
 _VAE: Final[dict[str, Any]] = {
@@ -63,7 +69,7 @@ def make_vae() -> Any:
 
 
 def make_text_encoder() -> Any:
-    """An untrained Qwen3Model of width 128; the last of its 5 layers is there for the format: the pipeline reads the one before."""
+    """An untrained Qwen3Model of width 128, read before the last of its 5 layers, which is there for the format."""
     end = VOCABULARY_SIZE - len(SPECIAL_TOKENS)
     config = Qwen3Config(
         vocab_size=VOCABULARY_SIZE,

@@ -1,8 +1,8 @@
 """Words for a picture: many ways to ask for the same thing.
 
-Takes a `Picture` and a random generator, gives a caption as a person might type it: terse tags, a sentence, a polite request, with
-filler words, with things left out that are as usual (a medium object in the middle on white). Wordings marked as held out are
-never used for training, so a test can ask in words that are new to the model.
+Takes a `Picture` and a random generator, gives a caption as a person might type it: terse tags, a sentence, a polite
+request, with filler words, with things left out that are as usual (a medium object in the middle on white). Wordings
+marked as held out are never used for training, so a test can ask in words that are new to the model.
 """
 
 import random
@@ -47,7 +47,14 @@ _POSITION_PHRASES: Final[Mapping[str, tuple[str, ...]]] = {
     "left": ("on the left", "on the left side", "at the left", "to the left", "on the left hand side", "left"),
     "right": ("on the right", "on the right side", "at the right", "to the right", "on the right hand side", "right"),
     "top": ("at the top", "near the top", "on top", "in the upper part", "up at the top", "top"),
-    "bottom": ("at the bottom", "near the bottom", "in the lower part", "down at the bottom", "at the very bottom", "bottom"),
+    "bottom": (
+        "at the bottom",
+        "near the bottom",
+        "in the lower part",
+        "down at the bottom",
+        "at the very bottom",
+        "bottom",
+    ),
 }
 _RELATIONS: Final[Mapping[str, tuple[tuple[str, bool], ...]]] = {
     "row": (
@@ -69,11 +76,46 @@ _RELATIONS: Final[Mapping[str, tuple[tuple[str, bool], ...]]] = {
 }
 """Words between two objects, and whether they name the right or lower one first."""
 _SCENE_PHRASES: Final[Mapping[str, tuple[str, ...]]] = {
-    "sunset": ("a sunset", "sunset", "a sunset over the hills", "the sun going down", "an evening sky at sunset", "a red sunset"),
-    "night": ("a night sky", "night", "a starry night", "the moon at night", "a night with moon and stars", "a dark night sky"),
-    "sea": ("the sea", "the ocean", "a calm sea", "the sea under a blue sky", "waves on the ocean", "a blue sea in the sun"),
-    "meadow": ("a meadow", "a green meadow", "a field of grass", "green hills", "a meadow under a blue sky", "a grassy field"),
-    "mountains": ("mountains", "snowy mountains", "a mountain landscape", "high mountains", "mountains with snow", "a mountain"),
+    "sunset": (
+        "a sunset",
+        "sunset",
+        "a sunset over the hills",
+        "the sun going down",
+        "an evening sky at sunset",
+        "a red sunset",
+    ),
+    "night": (
+        "a night sky",
+        "night",
+        "a starry night",
+        "the moon at night",
+        "a night with moon and stars",
+        "a dark night sky",
+    ),
+    "sea": (
+        "the sea",
+        "the ocean",
+        "a calm sea",
+        "the sea under a blue sky",
+        "waves on the ocean",
+        "a blue sea in the sun",
+    ),
+    "meadow": (
+        "a meadow",
+        "a green meadow",
+        "a field of grass",
+        "green hills",
+        "a meadow under a blue sky",
+        "a grassy field",
+    ),
+    "mountains": (
+        "mountains",
+        "snowy mountains",
+        "a mountain landscape",
+        "high mountains",
+        "mountains with snow",
+        "a mountain",
+    ),
 }
 _SCENE_PHRASES_HELD_OUT: Final[Mapping[str, tuple[str, ...]]] = {
     "sunset": ("a beautiful sunset over green hills", "hills at sunset", "the evening sun going down over the hills"),
@@ -88,18 +130,35 @@ _OPENINGS: Final = (
     *("draw", "paint", "make", "show me", "please draw", "please paint", "I want", "create", "generate", "give me"),
     *("can you draw", "there is", "a photo of", "a render of", "a cute picture of", "I would like to see", "now draw"),
 )
-_OPENINGS_HELD_OUT: Final = ("please make a picture of", "can you paint me", "I would like an image of", "show a drawing of", "a nice")
+_OPENINGS_HELD_OUT: Final = (
+    "please make a picture of",
+    "can you paint me",
+    "I would like an image of",
+    "show a drawing of",
+    "a nice",
+)
 _ENDINGS: Final = (
     *("", "", "", "", "", "", "", "", ".", ".", "!"),
-    *(", please", " please", ", flat design", ", high quality", ", minimal", ", vector art", ", simple style", ", thank you"),
+    *(
+        ", please",
+        " please",
+        ", flat design",
+        ", high quality",
+        ", minimal",
+        ", vector art",
+        ", simple style",
+        ", thank you",
+    ),
     *(", 4k", ", very detailed", ", clean lines", ", beautiful", " for my book", " for a child", ", digital art"),
 )
 _ENDINGS_HELD_OUT: Final = (", simple and clean", ", please.", ", nice colors", " for my wall", ", flat and minimal")
 _FILLERS: Final = (
-    "nice cute beautiful simple lovely plain single bright clean pretty modern flat great perfect good very really just some my "
-    "your our this that one new old happy friendly smooth sharp soft elegant colorful detailed realistic professional stunning "
-    "amazing minimal geometric quick fresh warm cool fine sweet tidy crisp shiny glossy matte neat"
-).split()
+    *("nice", "cute", "beautiful", "simple", "lovely", "plain", "single", "bright", "clean", "pretty"),
+    *("modern", "flat", "great", "perfect", "good", "very", "really", "just", "some", "my", "your", "our", "this"),
+    *("that", "one", "new", "old", "happy", "friendly", "smooth", "sharp", "soft", "elegant", "colorful"),
+    *("detailed", "realistic", "professional", "stunning", "amazing", "minimal", "geometric"),
+    *("quick", "fresh", "warm", "cool", "fine", "sweet", "tidy", "crisp", "shiny", "glossy", "matte", "neat"),
+)
 _FILLERS_LONG: Final = (
     "high quality",
     "in the style of a children's book",
@@ -123,7 +182,7 @@ _FILLERS_LONG: Final = (
 
 
 def caption(picture: Picture, rng: random.Random, held_out: bool = False, long: bool = False) -> str:
-    """A way to ask for this picture; `held_out` words it as training never does, `long` pads it with talk to 40 to 80 words."""
+    """A way to ask for this picture; `held_out` words it as training never does, `long` pads it with talk."""
     text = _HELD_OUT[picture.kind](picture, rng) if held_out else _SEEN[picture.kind](picture, rng)
     opening = rng.choice(_OPENINGS_HELD_OUT if held_out else _OPENINGS)
     if opening and text.split(" ", 1)[0] in ("on", "against", "in", "with"):
@@ -136,6 +195,11 @@ def caption(picture: Picture, rng: random.Random, held_out: bool = False, long: 
     if rng.random() < 0.3:
         text = text[:1].upper() + text[1:]
     return text
+
+
+def chatter(rng: random.Random) -> str:
+    """Words that say nothing about the picture, as a system prompt or a thought may."""
+    return ", ".join(rng.sample(_FILLERS_LONG, rng.randint(1, 4)))
 
 
 def _stretch(text: str, rng: random.Random) -> str:
@@ -209,7 +273,10 @@ def _pair_held_out(picture: Picture, rng: random.Random) -> str:
 def _related(picture: Picture, rng: random.Random) -> str:
     relation, swapped = rng.choice(_RELATIONS[picture.layout])
     first, second = reversed(picture.things) if swapped else picture.things
-    nouns = [_article(" ".join(filter(None, (_filler(rng), _colour(thing, rng), _shape(thing, rng))))) for thing in (first, second)]
+    nouns = [
+        _article(" ".join(filter(None, (_filler(rng), _colour(thing, rng), _shape(thing, rng)))))
+        for thing in (first, second)
+    ]
     if rng.random() < 0.15:
         return f"{nouns[0]} that is {relation} {nouns[1]}"
     return f"{nouns[0]} {relation} {nouns[1]}"
@@ -224,7 +291,12 @@ def _scene_held_out(picture: Picture, rng: random.Random) -> str:
 
 
 _SEEN: Final = {"object": _object, "count": _count, "pair": _pair, "scene": _scene}
-_HELD_OUT: Final = {"object": _object_held_out, "count": _count_held_out, "pair": _pair_held_out, "scene": _scene_held_out}
+_HELD_OUT: Final = {
+    "object": _object_held_out,
+    "count": _count_held_out,
+    "pair": _pair_held_out,
+    "scene": _scene_held_out,
+}
 
 
 def _noun(picture: Picture, rng: random.Random) -> str:

@@ -1,7 +1,7 @@
 """Stage `export`: trained parts in, the shipped folder out.
 
-Writes the layout of a `ZImagePipeline`, the weights in bfloat16, with the class names of the real checkpoint, so that no loader
-needs to know that this one is a miniature.
+Writes the layout of a `ZImagePipeline`, the weights in bfloat16, with the class names of the real checkpoint, so that
+no loader needs to know that this one is a miniature.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ZImagePipeline
+from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from transformers import Qwen2Tokenizer
 
 from zcore.demo.architecture import make_scheduler
@@ -18,9 +18,10 @@ from zcore.demo.architecture import make_scheduler
 def export(folder: Path, tokenizer: Path, text_encoder: Any, transformer: Any, vae: Any) -> None:
     """Write the five parts as one bfloat16 pipeline; `tokenizer` is the folder that its stage wrote."""
     parts = {"text_encoder": text_encoder, "transformer": transformer, "vae": vae}
-    pipeline = ZImagePipeline(
+    reader: Any = Qwen2Tokenizer
+    pipeline: Any = ZImagePipeline(
         scheduler=make_scheduler(),
-        tokenizer=Qwen2Tokenizer.from_pretrained(str(tokenizer)),
+        tokenizer=reader.from_pretrained(str(tokenizer)),
         **{name: part.to("cpu", torch.bfloat16) for name, part in parts.items()},
     )
     pipeline.save_pretrained(str(folder))

@@ -1,7 +1,8 @@
 """Stage `tokenizer`: a small byte-level BPE in the layout of Qwen's.
 
-Takes captions, gives the folder that `Qwen2Tokenizer.from_pretrained` reads: the same splitting, special tokens and chat
-layout as the real checkpoint, with 1,024 tokens in place of 151,669. Any text can be encoded, since every byte is a token.
+Takes captions, gives the folder that `Qwen2Tokenizer.from_pretrained` reads: the same splitting, special tokens and
+chat layout as the real checkpoint, with 1,024 tokens in place of 151,669. Any text can be encoded, since every byte
+is a token.
 """
 
 import json
@@ -22,7 +23,7 @@ PAD: Final = SPECIAL_TOKENS[0]
 _SPLIT: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# One turn after the other, then the place where the answer would begin; without thinking, an empty thought is put there.
+# One turn after the other, then the place where the answer would begin, behind an empty thought if none is wanted.
 _CHAT_TEMPLATE: Final = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -53,7 +54,9 @@ def build_tokenizer(folder: Path, captions: int = 20_000) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator([*_texts(captions), *([_CHAT_WORDS] * captions)], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(  # pyright: ignore[reportUnknownMemberType]
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     if tokenizer.get_vocab_size() != VOCABULARY_SIZE:
         raise ValueError(f"the captions gave {tokenizer.get_vocab_size()} tokens, not {VOCABULARY_SIZE}")
     folder.mkdir(parents=True, exist_ok=True)

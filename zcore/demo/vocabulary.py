@@ -1,8 +1,8 @@
 """What the demo model can paint: the whole of its world as values.
 
-A `Picture` says what is on a picture without saying how it is worded (`captions.py`) or drawn (`render.py`). This module draws
-pictures by seed and keeps some colour-shape pairs back, so that a test can ask for what training never showed. It knows no
-pixels and no tensors.
+A `Picture` says what is on a picture without saying how it is worded (`captions.py`) or drawn (`render.py`). This
+module draws pictures by seed and keeps some colour-shape pairs back, so that a test can ask for what training never
+showed. It knows no pixels and no tensors.
 """
 
 import random
@@ -86,7 +86,8 @@ HELD_OUT: Final = frozenset(
 class Picture:
     """What is on a picture: one object, a group of equal ones, two different ones, or a scene.
 
-    `layout` is one of LAYOUTS and says which; `things` holds no object for a scene, two for a pair (left or upper first), else one.
+    `layout` is one of LAYOUTS and says which; `things` holds no object for a scene, two for a pair (left or upper
+    first), else one.
     """
 
     layout: str

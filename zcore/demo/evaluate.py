@@ -1,0 +1,215 @@
+"""Stage `evaluate`: what the exported model really paints.
+
+Loads a folder with the unmodified `ZImagePipeline`, asks for pictures whose colour-shape pairs and wordings training
+never showed, lets the checker judge them, and writes a table and a grid to look at. Guidance 0, fixed seeds. Takes a
+folder, knows nothing of training.
+"""
+
+import random
+import resource
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from zcore.demo.captions import caption
+from zcore.demo.check import Verdict, judge
+from zcore.demo.render import Pixels, render
+from zcore.demo.vocabulary import Kind, Picture, draw_picture
+
+KINDS: Final[tuple[Kind, ...]] = ("object", "object", "count", "pair", "scene")
+MEASURES: Final = (
+    ("object", "background"),
+    ("object", "colour"),
+    ("object", "shape"),
+    ("object", "position"),
+    ("object", "size"),
+    ("scene", "scene"),
+    ("count", "count"),
+    ("pair", "pair"),
+)
+_BATCH: Final = 8
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One thing to paint and the words for it."""
+
+    picture: Picture
+    text: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way of painting: size in pixels, steps, precision, and how many of the captions it is tried on."""
+
+    name: str
+    width: int = 128
+    height: int = 128
+    steps: int = 8
+    dtype: torch.dtype = torch.float32
+    share: float = 1.0
+
+
+TRIALS: Final = (
+    Trial("128x128"),
+    Trial("bfloat16", dtype=torch.bfloat16),
+    Trial("30 steps", steps=30, share=0.5),
+    Trial("96x160", 96, 160, share=0.5),
+    Trial("256x256", 256, 256, share=0.25),
+)
+
+
+def evaluate(folder: Path, grid: Path | None = None, count: int = 400, held_out: bool = True) -> str:
+    """Every figure of the model in this folder as a Markdown table; the grid is written where asked for."""
+    asks = draw_asks(count, held_out)
+    figures: dict[str, dict[str, str]] = {"checker on true renders": true_renders(asks)}
+    for trial in TRIALS:
+        started = time.time()
+        pipeline = load(folder, trial.dtype)
+        loaded_s = time.time() - started
+        chosen = asks[: round(count * trial.share)]
+        painted = paint_all(pipeline, chosen, trial)
+        figures[trial.name] = _shares([judge(a.picture, p) for a, p in zip(chosen, painted, strict=True)], chosen)
+        figures[trial.name] |= {
+            "seconds to load": f"{loaded_s:.2f}",
+            "seconds a picture": f"{_seconds(pipeline, trial):.2f}",
+        }
+        if grid and trial is TRIALS[0]:
+            draw_grid(pipeline, grid)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return f"{_table(figures)}\n\nPeak memory of the process: {peak:.0f} MiB; threads: {torch.get_num_threads()}."
+
+
+def draw_asks(count: int, held_out: bool = True, seed: int = 2024) -> list[Ask]:
+    """Captions with what they ask for; the kinds take turns, so any beginning of the list has all of them."""
+    rng = random.Random(seed)
+    pictures = [draw_picture(rng, KINDS[i % len(KINDS)], held_out) for i in range(count)]
+    return [Ask(picture, caption(picture, rng, held_out), seed + i) for i, picture in enumerate(pictures)]
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The unmodified stock pipeline."""
+    from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
+
+    stock: Any = ZImagePipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = stock.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def paint_all(pipeline: Any, asks: Sequence[Ask], trial: Trial) -> list[Pixels]:
+    """Paint every ask with its own seed."""
+    painted: list[Pixels] = []
+    for start in range(0, len(asks), _BATCH):
+        part = asks[start : start + _BATCH]
+        output = pipeline(
+            [ask.text for ask in part],
+            width=trial.width,
+            height=trial.height,
+            num_inference_steps=trial.steps,
+            guidance_scale=0.0,
+            max_sequence_length=128,
+            generator=[torch.Generator().manual_seed(ask.seed) for ask in part],
+            output_type="np",
+        )
+        painted += [(image * 255).round().astype(np.uint8) for image in output.images]
+    return painted
+
+
+def true_renders(asks: Sequence[Ask]) -> dict[str, str]:
+    """The checker on what it should read without fault: rendered pictures of the same asks."""
+    drawn = [render(ask.picture, 128, 128, random.Random(ask.seed)) for ask in asks]
+    return _shares([judge(ask.picture, pixels) for ask, pixels in zip(asks, drawn, strict=True)], asks)
+
+
+GRID_TEXTS: Final = (
+    "a red circle",
+    "a large blue square on a beige background",
+    "a green triangle on the left",
+    "a yellow star on a gray background",
+    "a small pink heart at the top",
+    "a black cross on the right, light green background",
+    "three orange circles",
+    "two red hearts on a light blue background",
+    "four green squares on a gray background",
+    "a red star above a blue circle",
+    "a yellow heart left of a purple triangle",
+    "an orange square below a black circle on a light green background",
+    "a sunset",
+    "a starry night",
+    "the sea",
+    "a green meadow",
+    "snowy mountains",
+    "please paint me a big purple star, thank you",
+    "a tiny blue heart at the bottom",
+    "orange square, centered, beige background",
+    "a cat",
+    "the word HELLO",
+    "five red stars",
+    "a striped circle",
+)
+
+
+def draw_grid(pipeline: Any, path: Path, texts: Sequence[str] = GRID_TEXTS, columns: int = 6) -> None:
+    """Paint these captions side by side with their words; the last four show what the model cannot."""
+    asks = [Ask(Picture("center"), text, 7 + i) for i, text in enumerate(texts)]
+    painted = paint_all(pipeline, asks, TRIALS[0])
+    side, words = 128, 30
+    rows = -(-len(texts) // columns)
+    sheet = Image.new("RGB", (columns * (side + 12) + 12, rows * (side + words + 8) + 8), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    for index, (ask, pixels) in enumerate(zip(asks, painted, strict=True)):
+        x, y = 12 + index % columns * (side + 12), 8 + index // columns * (side + words + 8)
+        sheet.paste(Image.fromarray(pixels), (x, y))
+        pen.rectangle((x - 1, y - 1, x + side, y + side), outline=(200, 200, 200))
+        pen.multiline_text((x, y + side + 3), _wrapped(ask.text, 24), fill=(40, 40, 40), font_size=10, spacing=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def _shares(verdicts: Sequence[Verdict], asks: Sequence[Ask]) -> dict[str, str]:
+    right: dict[str, list[bool]] = defaultdict(list)
+    for verdict, ask in zip(verdicts, asks, strict=True):
+        for kind, measure in MEASURES:
+            said: bool | None = getattr(verdict, measure)
+            if kind == ask.picture.kind and said is not None:
+                right[measure].append(said)
+        right[f"all right, {ask.picture.kind}"].append(verdict.all_right)
+    return {name: f"{100 * sum(said) / len(said):.1f} % ({sum(said)}/{len(said)})" for name, said in right.items()}
+
+
+def _seconds(pipeline: Any, trial: Trial, runs: int = 5) -> float:
+    took: list[float] = []
+    for run in range(runs):
+        started = time.perf_counter()
+        paint_all(pipeline, [Ask(Picture("center"), "a red circle", run)], trial)
+        took.append(time.perf_counter() - started)
+    return sorted(took)[runs // 2]
+
+
+def _table(figures: dict[str, dict[str, str]]) -> str:
+    names = list(dict.fromkeys(name for column in figures.values() for name in column))
+    head = f"| | {' | '.join(figures)} |\n|---|{'---|' * len(figures)}"
+    rows = [f"| {name} | {' | '.join(column.get(name, '') for column in figures.values())} |" for name in names]
+    return "\n".join((head, *rows))
