@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
 from sqlalchemy.orm import selectinload
 
 from zcore.errors import InvalidRequest, NotFound
@@ -21,6 +21,7 @@ from zcore.jobs.states import State
 
 COUNTED_AT_MOST = 10_000
 POSITION_AT_MOST = 1_000
+LAST_ID = 2**128 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +83,24 @@ def page(transaction: Transaction, wanted: JobFilter, cursor: str | None, limit:
 
     Raises `InvalidRequest` for a cursor that this function did not make.
     """
-    order = Job.id.asc() if newer else Job.id.desc()
-    statement = select(Job).order_by(order).limit(limit + 1).options(selectinload(Job.outputs))
-    if cursor is not None:
-        boundary = _from_cursor(cursor)
-        statement = statement.where(Job.id > boundary if newer else Job.id < boundary)
+    lowest, highest = _ids(wanted, cursor, newer)
+    # A status of its own leads both range and order, so that only its index fits: PostgreSQL takes jobs of a status to
+    # be spread evenly, and would look for the expired ones, all old, by reading every newer job.
+    by_status = wanted.status is not None and wanted.owner is None
+    key, lead = ((Job.status, Job.id), (wanted.status,)) if by_status else ((Job.id,), ())
+    statement = (
+        select(Job)
+        .where(tuple_(*key) >= (*lead, lowest), tuple_(*key) <= (*lead, highest))
+        .order_by(*(column.asc() if newer else column.desc() for column in key))
+        .limit(limit + 1)
+        .options(selectinload(Job.outputs))
+    )
     if wanted.owner is not None:
         statement = statement.where(Job.owner == wanted.owner)
-    if wanted.status is not None:
+    if wanted.status is not None and not by_status:
         statement = statement.where(Job.status == wanted.status)
     if wanted.text:
         statement = statement.where(_matches(wanted.text))
-    if wanted.created_from is not None:
-        statement = statement.where(Job.id >= _first_id_at(wanted.created_from))
-    if wanted.created_before is not None:
-        statement = statement.where(Job.id < _first_id_at(wanted.created_before))
     found = transaction.session.scalars(statement).all()
     jobs = found[:limit][::-1] if newer else found[:limit]
     more = len(found) > limit  # in the direction of travel; behind lies what the cursor came from
@@ -161,17 +165,28 @@ def _matches(text: str) -> ColumnElement[bool]:
     return Job.prompt.ilike(f"%{escaped}%", escape="\\")
 
 
-def _first_id_at(moment: datetime) -> uuid.UUID:
-    """The smallest UUIDv7 of that millisecond, so that a range of time is a range of keys."""
-    return uuid.UUID(int=max(0, int(moment.timestamp() * 1000)) << 80)
+def _ids(wanted: JobFilter, cursor: str | None, newer: bool) -> tuple[uuid.UUID, uuid.UUID]:
+    """The first and the last id that may be listed: a range of time is a range of keys."""
+    lowest = 0 if wanted.created_from is None else _first_id_at(wanted.created_from)
+    highest = LAST_ID if wanted.created_before is None else _first_id_at(wanted.created_before) - 1
+    if cursor is not None and newer:
+        lowest = max(lowest, _from_cursor(cursor) + 1)
+    elif cursor is not None:
+        highest = min(highest, _from_cursor(cursor) - 1)
+    return uuid.UUID(int=min(lowest, LAST_ID)), uuid.UUID(int=max(highest, 0))
+
+
+def _first_id_at(moment: datetime) -> int:
+    """The smallest UUIDv7 of that millisecond."""
+    return max(0, int(moment.timestamp() * 1000)) << 80
 
 
 def _to_cursor(job_id: uuid.UUID) -> str:
     return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
 
 
-def _from_cursor(cursor: str) -> uuid.UUID:
+def _from_cursor(cursor: str) -> int:
     try:
-        return uuid.UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
+        return uuid.UUID(bytes=base64.urlsafe_b64decode(cursor + "==")).int
     except (ValueError, binascii.Error) as fault:
         raise InvalidRequest.field("cursor", "is not one that this service gave") from fault

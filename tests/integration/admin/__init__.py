@@ -1,0 +1,1 @@
+"""The admin, over real HTTP and in a real browser."""

@@ -1,0 +1,89 @@
+"""A real server process with the admin, and a browser that minds every complaint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import ConsoleMessage, Page, Response
+from sqlalchemy import delete
+
+from tests.integration.installation import Installation
+from tests.services.postgres import Postgres
+from zcore.jobs.database import Database
+from zcore.jobs.models import Job, Worker
+from zcore.keys import load_keys
+from zcore.storage import Storage, open_storage
+
+ADMIN_KEY = "the-key-of-these-tests"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server, and what lies behind it."""
+
+    url: str
+    database: Database
+    storage: Storage
+    bell: Path  # the folder where rings of the doorbell arrive
+
+
+@pytest.fixture(scope="module")
+def server(postgres: Postgres, migrated_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The server of this file's tests, on PostgreSQL. No worker runs, so jobs stay as the test left them."""
+    folder = tmp_path_factory.mktemp("admin")
+    with postgres.database(migrated_template) as database_url:
+        installation = Installation(folder, {"database.url": database_url, "server.admin_key": ADMIN_KEY})
+        storage = open_storage(installation.settings, load_keys(installation.settings).link)
+        with installation.serving() as running, installation.database() as database:
+            yield Served(running.url, database, storage, folder / "broker" / "queue")
+
+
+@pytest.fixture
+def admin(server: Served) -> Iterator[Served]:
+    """The server with an empty record."""
+    yield server
+    with server.database.write() as transaction:
+        transaction.session.execute(delete(Job))
+        transaction.session.execute(delete(Worker))
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What the browser complained of; a test takes out what it provoked."""
+    return []
+
+
+@pytest.fixture
+def stranger(admin: Served, browser_page: Page, complaints: list[str]) -> Iterator[Page]:
+    """A browser that has not signed in. Violations of the content policy, scripts' errors and failed requests are
+    complaints, and the test fails by them.
+    """
+
+    def listen(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    def look(response: Response) -> None:
+        if response.status >= 400:
+            complaints.append(f"{response.status} {response.request.method} {response.url}")
+
+    browser_page.on("console", listen)
+    browser_page.on("pageerror", lambda error: complaints.append(str(error)))
+    browser_page.on("response", look)
+    yield browser_page
+    assert complaints == []
+
+
+@pytest.fixture
+def page(admin: Served, stranger: Page) -> Page:
+    """A browser that is signed in, at the jobs."""
+    stranger.goto(f"{admin.url}/admin")
+    sign_in(stranger, ADMIN_KEY)
+    return stranger
+
+
+def sign_in(page: Page, key: str) -> None:
+    """Give a key at the sign-in page."""
+    page.get_by_label("Admin key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
