@@ -79,6 +79,7 @@ class ZImagePipeline:
         self._cache = EmbeddingCache(setup.embedding_cache_bytes)
         self._model = VelocityModel(networks.transformer, setup.transformer.device, setup.transformer.dtype)
         self._decoder = PictureDecoder(networks.vae, setup.vae.device, setup.vae.dtype)
+        self._description = _described(setup, networks.revision)
 
     @classmethod
     def from_pretrained(
@@ -165,22 +166,7 @@ class ZImagePipeline:
 
     def describe(self) -> dict[str, str]:
         """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host."""
-        setup = self._setup
-        return {
-            "engine": _version("zimage"),
-            "model": setup.name,
-            "model_revision": self._revision,
-            "device": _hardware(setup.transformer.device),
-            "transformer_dtype": _spelled(setup.transformer.dtype),
-            "encoder_dtype": _spelled(setup.encoder.dtype),
-            "vae_dtype": _spelled(setup.vae.dtype),
-            "hidden_layer": str(setup.hidden_layer),
-            "attention_backend": setup.attention_backend,
-            "compiled": setup.compiled,
-            "torch": str(torch.__version__),
-            "diffusers": _version("diffusers"),
-            "transformers": _version("transformers"),
-        }
+        return dict(self._description)
 
     def cache_use(self) -> CacheUse:
         """How the embedding cache has served."""
@@ -270,6 +256,24 @@ def _unheard(_progress: Progress) -> None:
 def _generator(seed: int) -> torch.Generator:
     """On the CPU, whatever the device, so that a seed means the same noise everywhere."""
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def _described(setup: _Setup, revision: str) -> dict[str, str]:
+    return {
+        "engine": _version("zimage"),
+        "model": setup.name,
+        "model_revision": revision,
+        "device": _hardware(setup.transformer.device),
+        "transformer_dtype": _spelled(setup.transformer.dtype),
+        "encoder_dtype": _spelled(setup.encoder.dtype),
+        "vae_dtype": _spelled(setup.vae.dtype),
+        "hidden_layer": str(setup.hidden_layer),
+        "attention_backend": setup.attention_backend,
+        "compiled": setup.compiled,
+        "torch": str(torch.__version__),
+        "diffusers": _version("diffusers"),
+        "transformers": _version("transformers"),
+    }
 
 
 def _hardware(device: torch.device) -> str:

@@ -74,13 +74,13 @@ def check_layout(folder: Path) -> None:
 
 
 def revision(folder: Path) -> str:
-    """Which checkpoint this is: a SHA-256 over path, size and first MiB of every file, 16 hexadecimal digits.
+    """Which checkpoint this is: a SHA-256 over path, size and first MiB of its files, 16 hexadecimal digits.
 
     The first MiB holds a weight file's list of tensors and some of their values, so two trainings differ, and 32 GB
     need not be read.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for component in (*CLASSES, "tokenizer") for path in (folder / component).iterdir()):
         if path.suffix not in (".json", ".safetensors"):
             continue
         with path.open("rb") as file:
