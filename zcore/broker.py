@@ -69,8 +69,8 @@ class Doorbell:
         with contextlib.suppress(queue.Full):
             self._pending.put_nowait(True)
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Rings what is pending and ends the thread."""
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Rings what is pending and ends the thread; with a broker that does not answer, gives up after a while."""
         try:
             self._pending.put(False, timeout=timeout_s)
         except queue.Full:
