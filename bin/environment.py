@@ -10,11 +10,17 @@ Python can say that it is too old. Does not know what the project does.
 """
 
 import hashlib
+import importlib.util
+import json
 import os
 import shutil
 import ssl
 import subprocess
 import sys
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +31,9 @@ LOCK = ROOT / "config" / "requirements.lock"
 
 OLDEST_PYTHON = (3, 11)
 UV = "uv==0.13.9"
+PIP_INDEX = "https://pypi.org/simple/pip/"
+PIP_WHEEL = "pip-26.3-py3-none-any.whl"
+NO_VENV = "this Python cannot make virtual environments; on Debian: apt-get install python3-venv"
 EXTRAS = {"run": "server,worker", "test": "server,worker,dev"}
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 # Measured: .venv takes 1.8 GB with torch's CPU build and 5.2 GB with its CUDA build; the rest is for the downloads.
@@ -118,18 +127,40 @@ def has_cuda():
 
 def make_venv():
     """Make .venv with pip inside, anew when it belongs to another Python."""
-    try:
-        import ensurepip  # noqa: F401  Debian ships it in a package of its own
-        import venv
-    except ImportError:
-        raise Refusal("this Python cannot make virtual environments; on Debian: apt-get install python3-venv") from None
     same = [str(PYTHON), "-c", "import sys, pip; print(sys.version_info[:2])"]
     made = subprocess.run(same, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) if PYTHON.exists() else None
-    if made is None or made.stdout.decode().strip() != str(tuple(sys.version_info[:2])):
-        try:
-            venv.create(str(VENV), clear=True, with_pip=True, symlinks=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise Refusal("no virtual environment could be made in {}: {}".format(VENV, error)) from None
+    if made is not None and made.stdout.decode().strip() == str(tuple(sys.version_info[:2])):
+        return
+    try:
+        import venv
+    except ImportError:
+        raise Refusal(NO_VENV) from None
+    has_pip = importlib.util.find_spec("ensurepip") is not None
+    try:
+        venv.create(str(VENV), clear=True, with_pip=has_pip, symlinks=True)
+        if not has_pip:
+            fetch_pip()
+    except urllib.error.URLError:
+        raise Refusal(NO_VENV) from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Refusal("no virtual environment could be made in {}: {}".format(VENV, error)) from None
+
+
+def fetch_pip():
+    """Bring pip into .venv from PyPI, for a Debian whose `ensurepip` is in a package that only root may install."""
+    asked = urllib.request.Request(PIP_INDEX, headers={"Accept": "application/vnd.pypi.simple.v1+json"})  # PEP 691
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        wheel = next(file for file in json.load(answer)["files"] if file["filename"] == PIP_WHEEL)
+    with urllib.request.urlopen(urllib.parse.urljoin(PIP_INDEX, wheel["url"]), timeout=120) as answer:
+        content = answer.read()
+    if hashlib.sha256(content).hexdigest() != wheel["hashes"]["sha256"]:
+        raise Refusal("pip's wheel did not arrive as PyPI describes it")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, PIP_WHEEL)
+        Path(path).write_bytes(content)
+        # A wheel of pure Python runs from where it lies, and so pip installs itself.
+        command = [str(PYTHON), os.path.join(path, "pip"), "install", "--quiet", "--no-index", path]
+        subprocess.check_call(command)
 
 
 def install(*wanted, cuda):

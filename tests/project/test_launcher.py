@@ -21,7 +21,15 @@ from tests.waiting import wait_until
 TREE = Path(__file__).resolve().parents[2]
 NO_SPACE = "import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)"
 OLD_PYTHON = "import sys; sys.version_info = (3, 9, 2, 'final', 0)"
-NO_VENV = "import sys; sys.modules['ensurepip'] = None"
+NO_VENV = "import sys; sys.modules['venv'] = None"
+NO_ENSUREPIP_AND_NO_NETWORK = """
+import importlib.util, urllib.request, urllib.error
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "ensurepip" else find_spec(name, *rest)
+def refuse(*_, **__):
+    raise urllib.error.URLError("no network")
+urllib.request.urlopen = refuse
+"""
 
 
 @pytest.fixture
@@ -54,8 +62,9 @@ def test_a_full_disk_is_refused_in_one_line_before_anything_is_installed(copied_
     assert not (copied_tree / ".venv").exists()
 
 
-def test_a_python_without_venv_is_refused_in_one_line(copied_tree: Path, tmp_path: Path) -> None:
-    refused = _environment(copied_tree, tmp_path, NO_VENV)
+@pytest.mark.parametrize("fake", [NO_VENV, NO_ENSUREPIP_AND_NO_NETWORK], ids=["no venv", "no ensurepip, no network"])
+def test_a_python_without_venv_is_refused_in_one_line(copied_tree: Path, tmp_path: Path, fake: str) -> None:
+    refused = _environment(copied_tree, tmp_path, fake)
     assert refused.returncode == 1
     assert refused.stderr == (
         "environment: this Python cannot make virtual environments; on Debian: apt-get install python3-venv\n"
