@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import ConsoleMessage, Page, Response
+from playwright.sync_api import Browser, ConsoleMessage, Page, Response, expect
 from sqlalchemy import delete
 
 from tests.integration.installation import Installation
+from tests.services import browser as browsers
 from tests.services.postgres import Postgres
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job, Worker
@@ -75,11 +76,24 @@ def stranger(admin: Served, browser_page: Page, complaints: list[str]) -> Iterat
     assert complaints == []
 
 
+@pytest.fixture(scope="module")
+def session(server: Served, browser: Browser) -> str:
+    """The cookie of somebody who signed in."""
+    with browsers.page(browser) as page:
+        page.goto(f"{server.url}/admin")
+        sign_in(page, ADMIN_KEY)
+        expect(page).to_have_url(f"{server.url}/admin")
+        [cookie] = page.context.cookies(f"{server.url}/admin")
+        return cookie["value"]
+
+
 @pytest.fixture
-def page(admin: Served, stranger: Page) -> Page:
+def page(admin: Served, stranger: Page, session: str) -> Page:
     """A browser that is signed in, at the jobs."""
+    stranger.context.add_cookies(
+        [{"name": "zimage_admin", "value": session, "domain": "127.0.0.1", "path": "/admin", "httpOnly": True}]
+    )
     stranger.goto(f"{admin.url}/admin")
-    sign_in(stranger, ADMIN_KEY)
     return stranger
 
 
