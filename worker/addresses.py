@@ -54,9 +54,9 @@ def resolve(url: str, allow_private: bool) -> Target:
 
 
 def _is_public(address: _Address) -> bool:
-    """Addresses that carry an IPv4 one inside (mapped, 6to4, NAT64) are judged by that."""
+    """Addresses that carry an IPv4 one inside (6to4, NAT64) are judged by that."""
     if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
+        inner = address.sixtofour
         if inner is None and address in NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:

@@ -52,8 +52,11 @@ def test_a_name_that_leads_nowhere_is_refused() -> None:
         resolve("https://" + "a" * 70 + ".example/hook", allow_private=False)
 
 
-@pytest.mark.parametrize("url", ["https://8.8.8.8/hook", "https://[2001:4860:4860::8888]/hook"])
+@pytest.mark.parametrize(
+    "url", ["https://8.8.8.8/hook", "https://[2001:4860:4860::8888]/hook", "https://[64:ff9b::808:808]/hook"]
+)
 def test_a_public_address_is_allowed(url: str) -> None:
+    """The last as a host without IPv4 reaches one that has nothing else."""
     assert resolve(url, allow_private=False).urls == (url.replace("/hook", ":443/hook"),)
 
 

@@ -196,11 +196,12 @@ def test_of_an_upload_given_up_nothing_stays(studio: Studio) -> None:
     assert studio.storage.pictures() == []
 
 
+@pytest.mark.timeout(60)
 def test_a_cancel_ends_the_wait_for_a_store_that_is_down(studio: Studio) -> None:
     job_id = studio.submit()
     studio.storage.is_down = True
     with ThreadPoolExecutor(1) as pool:
-        working = pool.submit(studio.work)
+        working = pool.submit(studio.work, upload_retry_s=3600)
         wait_until(lambda: studio.storage.refused > 0)
         studio.cancel(job_id)
         working.result()
