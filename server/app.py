@@ -78,7 +78,7 @@ def create_app(settings: Settings) -> Litestar:
         "watch": watch,
     }
     return Litestar(
-        [*ROUTES, *admin_routes(keys.admin, settings.public_url, storage)],
+        [*ROUTES, *admin_routes(keys.admin, settings.public_url)],
         dependencies={
             **{name: _same(part) for name, part in parts.items()},
             "owner": Provide(owner, sync_to_thread=False),

@@ -58,13 +58,12 @@ SOON = timedelta(seconds=30)
 AnyRequest = Request[Any, Any, Any]
 NamedAdminKey = NamedDependency[SkipValidation[str]]
 NamedFailedTries = NamedDependency[SkipValidation[FailedTries]]
-NamedPictureOrigin = NamedDependency[SkipValidation[str]]
 Filter = Annotated[str, QueryParameter(max_length=200)]
 
 
-def admin_routes(admin_key: str, public_url: str, storage: Storage) -> list[ControllerRouterHandler]:
-    """Everything below `/admin`. Pictures may be shown from where `storage` links to."""
-    parts = {"admin_key": admin_key, "failed_tries": FailedTries(), "picture_origin": _picture_origin(storage)}
+def admin_routes(admin_key: str, public_url: str) -> list[ControllerRouterHandler]:
+    """Everything below `/admin`."""
+    parts = {"admin_key": admin_key, "failed_tries": FailedTries()}
     pages = Router(
         ADMIN_PATH,
         route_handlers=[sign_in_page, enter, leave, history, job_page, cancel, retry, resend],
@@ -141,7 +140,6 @@ def history(
     request: AnyRequest,
     database: NamedDatabase,
     storage: NamedStorage,
-    picture_origin: NamedPictureOrigin,
     status: Filter = "",
     text: Filter = "",
     caller: Filter = "",
@@ -162,6 +160,7 @@ def history(
         page = queries.page(transaction, wanted, newer or cursor or None, JOBS_ON_A_PAGE, newer=bool(newer))
         counts = queries.counts_by_status(transaction)
         workers = presence.present(transaction)
+    pictures = {job.id: _pictures(job, storage) for job in page.jobs}
     given = {
         "status": status,
         "text": text,
@@ -176,11 +175,11 @@ def history(
         "workers": workers,
         "filters": given,
         "query": {name: value for name, value in given.items() if value},
-        "pictures": {job.id: _pictures(job, storage) for job in page.jobs},
+        "pictures": pictures,
         "ran_s": {job.id: _ran_s(job, transaction.now) for job in page.jobs},
         "states": list(State),
     }
-    return _page(request, "history.html", context, picture_origin)
+    return _page(request, "history.html", context, [link for links in pictures.values() for link in links])
 
 
 @get("/jobs/{job_id:str}", sync_to_thread=True)
@@ -189,7 +188,6 @@ def job_page(
     job_id: FromPath[str],
     database: NamedDatabase,
     storage: NamedStorage,
-    picture_origin: NamedPictureOrigin,
     still: Filter = "",
 ) -> Template:
     """One job with everything that is known of it; `still` keeps the page from reloading itself."""
@@ -199,6 +197,7 @@ def job_page(
         position = queries.queue_position(transaction, job)
     request_facts = _in_order(job.request, GenerationRequest.__struct_fields__)
     del request_facts["prompt"]  # shown by itself
+    pictures = _pictures(job, storage)
     moving = job.status not in TERMINAL or any(_is_due(event, transaction.now) for event, _ in timeline.webhooks)
     context = {
         "job": job,
@@ -207,13 +206,13 @@ def job_page(
         "timeline": timeline,
         "position": position,
         "ran_s": _ran_s(job, transaction.now),
-        "pictures": _pictures(job, storage),
+        "pictures": pictures,
         "may_cancel": job.status not in TERMINAL and job.cancel_requested_at is None,
         "may_retry": job.status in states.RETRY.sources,
         "moving": moving,
         "refresh_s": REFRESH_S if moving and not still else None,
     }
-    return _page(request, "job.html", context, picture_origin)
+    return _page(request, "job.html", context, pictures)
 
 
 @post("/jobs/{job_id:str}/cancel", sync_to_thread=True)
@@ -283,7 +282,7 @@ def _as_page(handler: Callable[[AnyRequest, Any], Response[dict[str, Any]]]) -> 
         if request.url.path != ADMIN_PATH and not request.url.path.startswith(f"{ADMIN_PATH}/"):
             return problem
         context = {"title": problem.content["title"], "detail": problem.content["detail"]}
-        headers = _page_headers("") | problem.headers
+        headers = _page_headers(()) | problem.headers
         return Template("error.html", context=context, status_code=problem.content["status"], headers=headers)
 
     return answer
@@ -293,20 +292,22 @@ def _page(
     request: AnyRequest,
     template: str,
     context: Mapping[str, Any],
-    picture_origin: str = "",
+    pictures: Sequence[str] = (),
     *,
     status_code: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Template:
     shared = {"form_token": form_token(request), "notice": take_notice(request)}
-    all_headers = {**_page_headers(picture_origin), **(headers or {})}
+    all_headers = {**_page_headers(pictures), **(headers or {})}
     return Template(template, context={**context, **shared}, status_code=status_code, headers=all_headers)
 
 
-def _page_headers(picture_origin: str) -> dict[str, str]:
-    """Nothing runs, nothing is framed, nothing is fetched but our own style and the pictures."""
+def _page_headers(pictures: Sequence[str]) -> dict[str, str]:
+    """Nothing runs, nothing is framed, nothing is fetched but our own style and what stands where the pictures do."""
+    parts = [urlsplit(link) for link in pictures]
+    images = " ".join(["'self'", *sorted({f"{part.scheme}://{part.netloc}" for part in parts})])
     policy = (
-        f"default-src 'none'; style-src 'self'; img-src 'self' {picture_origin}; form-action 'self'; "
+        f"default-src 'none'; style-src 'self'; img-src {images}; form-action 'self'; "
         "frame-ancestors 'none'; base-uri 'none'"
     )
     return {
@@ -315,12 +316,6 @@ def _page_headers(picture_origin: str) -> dict[str, str]:
         "referrer-policy": "same-origin",
         "x-content-type-options": "nosniff",
     }
-
-
-def _picture_origin(storage: Storage) -> str:
-    """Where links lead, whichever way the store addresses its buckets: read off a link."""
-    parts = urlsplit(storage.link("any").url)
-    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _pictures(job: Job, storage: Storage) -> list[str]:
