@@ -61,9 +61,9 @@ class Trial:
 
 TRIALS: Final = (
     Trial("128x128"),
-    Trial("bfloat16", dtype=torch.bfloat16),
-    Trial("30 steps", steps=30, share=0.5),
-    Trial("96x160", 96, 160, share=0.5),
+    Trial("bfloat16", dtype=torch.bfloat16, share=0.25),
+    Trial("30 steps", steps=30, share=0.25),
+    Trial("96x160", 96, 160, share=0.25),
     Trial("256x256", 256, 256, share=0.25),
 )
 
