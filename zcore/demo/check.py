@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from zcore.demo.render import Pixels, outline_of, render
+from zcore.demo.render import Pixels, Style, outline_of, render
 from zcore.demo.vocabulary import BACKGROUNDS, COLOURS, POSITIONS, SCENES, SHAPES, SIZES, Picture, Thing
 
 Mask = NDArray[np.bool_]
@@ -110,6 +110,18 @@ def judge(picture: Picture, pixels: Pixels) -> Verdict:
         position=one is not None and one.position == picture.layout,
         size=one is not None and one.size == picture.size,
     )
+
+
+def style_of(pixels: Pixels) -> Style:
+    """Whether the picture is drawn in lines on paper, on the night's dark ground, or plainly."""
+    seen = pixels.astype(np.float32)
+    top, border = seen[:4].reshape(-1, 3), np.concatenate((seen[:4], seen[-4:])).reshape(-1, 3)
+    if np.median(top.max(-1)) < 120 and np.median(top[:, 2] - top[:, 0]) > 15:
+        return "night"
+    colourful, dark = (seen.max(-1) - seen.min(-1) > 100).mean(), (seen.max(-1) < 130).mean()
+    if np.median(border.min(-1)) > 225 and colourful < 0.015 and 0.01 < dark < 0.3:
+        return "outline"
+    return "plain"
 
 
 def _is_pair(picture: Picture, found: tuple[Seen, ...]) -> bool:

@@ -39,6 +39,9 @@ _OVERSAMPLING: Final = 3
 _MARGIN: Final = 0.03
 _INK: Final[Colour] = (30, 30, 35)
 _PAPER: Final[Colour] = (250, 250, 250)
+_NIGHT_GROUND: Final[Colour] = (28, 36, 84)
+_NIGHT_SKY: Final[tuple[Colour, Colour]] = ((12, 16, 52), (45, 58, 118))
+_MOONLIGHT: Final[Colour] = (242, 238, 205)
 
 
 def render(picture: Picture, width: int, height: int, rng: random.Random, style: Style = "plain") -> Pixels:
@@ -87,10 +90,8 @@ class _Canvas:
         self._unit = min(self.width, self.height)
 
     def fill(self, colour: Colour) -> None:
-        self._image.paste(
-            self._toned(colour) if self.style == "night" else _PAPER if self.style == "outline" else colour,
-            (0, 0, *self._image.size),
-        )
+        ground = {"plain": colour, "outline": _PAPER, "night": _NIGHT_GROUND}[self.style]
+        self._image.paste(ground, (0, 0, *self._image.size))
 
     def gradient(self, top: Colour, bottom: Colour, start: float = 0.0, end: float = 1.0) -> None:
         """Shade the rows from `start` to `end` from one colour into the other."""
@@ -102,7 +103,7 @@ class _Canvas:
                 self._line([(0.0, start), (1.0, start)])
             return
         first, last = round(start * self._image.height), round(end * self._image.height)
-        above, below = self._toned(top), self._toned(bottom)
+        above, below = _NIGHT_SKY if self.style == "night" else (top, bottom)
         for row in range(first, last):
             part = (row - first) / max(1, last - first - 1)
             shade = tuple(round(a + (b - a) * part) for a, b in zip(above, below, strict=True))
@@ -114,7 +115,9 @@ class _Canvas:
             self._draw.polygon(scaled, fill=_PAPER)
             self._line([*points, points[0], points[1]])
         else:
-            self._draw.polygon(scaled, fill=self._toned(colour))
+            self._draw.polygon(
+                scaled, fill=_MOONLIGHT if self.style == "night" and colour == COLOURS["black"] else colour
+            )
 
     def disc(self, middle: Point, radius: float, colour: Colour) -> None:
         self.polygon([self.near(middle, point, radius) for point in _OUTLINES["circle"]], colour)
@@ -135,12 +138,6 @@ class _Canvas:
     def _line(self, points: list[Point]) -> None:
         scaled = [(x * self._image.width, y * self._image.height) for x, y in points]
         self._draw.line(scaled, fill=_INK, width=round(0.03 * self._unit * _OVERSAMPLING), joint="curve")
-
-    def _toned(self, colour: Colour) -> Colour:
-        if self.style != "night":
-            return colour
-        red, green, blue = colour
-        return round(red * 0.35), round(green * 0.38 + 5), round(blue * 0.5 + 40)
 
 
 def _placed(picture: Picture) -> list[tuple[str, str, Point]]:

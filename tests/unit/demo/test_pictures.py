@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from zcore.demo.captions import caption
-from zcore.demo.check import judge, read
-from zcore.demo.render import render
+from zcore.demo.check import judge, read, style_of
+from zcore.demo.render import Style, render
 from zcore.demo.vocabulary import HELD_OUT, Kind, Picture, Thing, draw_picture
 
 KINDS: tuple[Kind, ...] = ("object", "count", "pair", "scene")
@@ -85,3 +85,15 @@ def test_the_checker_sees_nothing_on_an_empty_ground_and_no_object_in_noise() ->
     assert read(np.full((128, 128, 3), 250, dtype=np.uint8)).objects == ()
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     assert judge(Picture("center", (Thing("circle", "red"),)), noise).all_right is False
+
+
+@pytest.mark.parametrize(("style", "least"), [("plain", 0.9), ("outline", 0.97), ("night", 0.97)])
+def test_the_checker_tells_the_styles_apart(style: Style, least: float) -> None:
+    """Left out are a landscape at night and black shapes on white, which look like the styles without being so."""
+    asked = [
+        picture
+        for picture in pictures(160, seed=4)
+        if picture.layout != "night" and all(thing.colour != "black" for thing in picture.things)
+    ]
+    read = [style_of(render(picture, 128, 128, random.Random(1), style)) for picture in asked]
+    assert read.count(style) >= least * len(read)
