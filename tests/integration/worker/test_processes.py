@@ -22,7 +22,9 @@ from tests.services.postgres import Postgres
 from tests.services.process import Running
 from tests.services.redis import Redis
 from tests.waiting import wait_until
+from worker.gpu import load_pipeline
 from zcore.broker import Doorbell, make_app
+from zcore.errors import CheckpointError
 from zcore.imaging.encode import read_parameters
 from zcore.jobs import lifecycle, presence, queries
 from zcore.jobs.database import Database
@@ -225,7 +227,6 @@ def test_a_worker_killed_in_mid_job_is_survived_and_one_without_time_hands_back(
 def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, migrated_file: Path) -> None:
     refusals = {
         "pytorch.tiled_vae=true": "worker: pytorch.tiled_vae: is understood, but this version cannot honour it yet",
-        "model_path=no/such/folder": "worker: model_path: no/such/folder is not a folder",
         "nonsense": "worker: `nonsense`: settings are given as name=value",
     }
     shutil.copy(migrated_file, tmp_path / "zimage.db")
@@ -238,6 +239,11 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, migrated_file: 
         assert running.process.wait(START_S) == 2, running.last_lines()
         assert running.last_lines().startswith(line)
         assert "\n" not in running.last_lines()
+
+
+def test_a_model_that_is_not_there_is_named_with_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model_path: no/such/folder is not a folder"):
+        load_pipeline(Installation(tmp_path, {"model_path": "no/such/folder"}).settings)
 
 
 def test_upkeep_alone_rescues_expires_and_delivers(tmp_path: Path, migrated_file: Path) -> None:
