@@ -1,104 +1,52 @@
-"""An installation as an operator runs it: real API and worker processes over PostgreSQL, Redis and S3.
+"""An installation over many hosts' parts: PostgreSQL, Redis and a bucket, with workers that are waited for."""
 
-Takes the addresses of the services; gives processes that can be started, stopped and killed. Knows nothing of jobs.
-"""
-
-import os
-import signal
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from tests.services import process
+from tests.integration.installation import Installation, Server
 from tests.services.process import Running
 from tests.services.s3 import Bucket
 from tests.waiting import wait_until
 
-TREE = Path(__file__).resolve().parents[2]
 WEBHOOK_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 STARTED_WITHIN_S = 120.0
 
 
-@dataclass
-class Installation:
-    """One profile `demo` over given services. Everything started here is stopped by `stop`."""
-
-    folder: Path
-    environment: Mapping[str, str]
-    port: int
-    started: list[Running] = field(default_factory=list[Running])
-
-    @classmethod
-    def over(
-        cls, folder: Path, database_url: str, redis_url: str, bucket: Bucket, settings: Mapping[str, str]
-    ) -> "Installation":
-        """`settings` are further ZIMAGE_ variables."""
-        port = process.free_port()
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("ZIMAGE_")},
-            "ZIMAGE_PROFILE": "demo",
-            "ZIMAGE_DATA_DIR": str(folder),
-            "ZIMAGE_DATABASE__URL": database_url,
-            "ZIMAGE_BROKER__URL": redis_url,
-            "ZIMAGE_STORAGE__BUCKET": bucket.name,
-            "ZIMAGE_STORAGE__ENDPOINT_URL": bucket.endpoint_url,
-            "ZIMAGE_STORAGE__ACCESS_KEY_ID": bucket.access_key_id,
-            "ZIMAGE_STORAGE__SECRET_ACCESS_KEY": bucket.secret_access_key,
-            "ZIMAGE_WEBHOOKS__SECRET": WEBHOOK_SECRET,
-            "ZIMAGE_SERVER__PORT": str(port),
-            "OMP_NUM_THREADS": "1",  # two workers share two cores
+def distributed(
+    folder: Path, database_url: str, redis_url: str, bucket: Bucket, settings: Mapping[str, Any]
+) -> Installation:
+    """The demo profile over these services; `settings` are further ones, by dotted name."""
+    return Installation(
+        folder,
+        {
+            "database.url": database_url,
+            "broker.url": redis_url,
+            "storage.bucket": bucket.name,
+            "storage.endpoint_url": bucket.endpoint_url,
+            "storage.access_key_id": bucket.access_key_id,
+            "storage.secret_access_key": bucket.secret_access_key,
+            "webhooks.secret": WEBHOOK_SECRET,
             **settings,
-        }
-        return cls(folder, environment, port)
+        },
+    )
 
-    @property
-    def url(self) -> str:
-        """Where the API answers."""
-        return f"http://127.0.0.1:{self.port}"
 
-    def start_server(self) -> Running:
-        """The API, answering."""
-        server = self._start("server")
+@contextmanager
+def working(installation: Installation, server: Server, count: int) -> Generator[list[Running]]:
+    """So many workers, all of them on the list of those present."""
 
-        def is_ready() -> bool:
-            server.check()
-            return self._ready() is not None
+    def present() -> int:
+        for worker in workers:
+            worker.check()
+        return int(httpx.get(f"{server.url}/health/ready", timeout=5).json()["workers"])
 
-        wait_until(is_ready, STARTED_WITHIN_S)
-        return server
-
-    def start_workers(self, count: int) -> list[Running]:
-        """Workers, all of them on the list of those present."""
-        before = (self._ready() or {"workers": 0})["workers"]
-        workers = [self._start("worker") for _ in range(count)]
-
-        def are_present() -> bool:
-            for worker in workers:
-                worker.check()
-            return (self._ready() or {"workers": 0})["workers"] == before + count
-
-        wait_until(are_present, STARTED_WITHIN_S)
-        return workers
-
-    def stop(self) -> None:
-        """Ends what still runs, politely."""
-        for running in self.started:
-            running.send(signal.SIGTERM)
-        for running in self.started:
-            running.stop()
-
-    def _start(self, package: str) -> Running:
-        log = self.folder / f"{package}-{len(self.started)}.log"
-        running = process.start([sys.executable, "-m", package], log, environment=self.environment, folder=TREE)
-        self.started.append(running)
-        return running
-
-    def _ready(self) -> dict[str, int] | None:
-        try:
-            answer = httpx.get(f"{self.url}/health/ready", timeout=5)
-        except httpx.TransportError:
-            return None
-        return answer.json() if answer.status_code == 200 else None
+    with ExitStack() as stack:
+        workers: list[Running] = []
+        before = present()
+        workers += [stack.enter_context(installation.working(name=f"worker-{number}")) for number in range(count)]
+        wait_until(lambda: present() == before + count, STARTED_WITHIN_S)
+        yield workers

@@ -3,7 +3,7 @@
 import hashlib
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import httpx
@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy import func, select
 from standardwebhooks import Webhook
 
-from tests.acceptance.installation import WEBHOOK_SECRET, Installation
-from tests.acceptance.receiver import Receiver, receiving
+from tests.acceptance.installation import WEBHOOK_SECRET, distributed, working
+from tests.integration.installation import Installation, Server
+from tests.integration.webhooks.receiver import Receiver, receiving
 from tests.services.process import Running
 from tests.services.redis import Redis
 from tests.services.s3 import Bucket
@@ -29,26 +30,21 @@ COLOURS = ("red", "green", "blue", "yellow", "purple")
 
 
 @pytest.fixture
-def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Iterator[Installation]:
-    settings = {
-        "ZIMAGE_JOBS__LEASE_S": str(LEASE_S),
-        # A delivery that its deliverer took with it is due again after three times this.
-        "ZIMAGE_WEBHOOKS__TIMEOUT_S": "4",
-    }
-    made = Installation.over(tmp_path, database_url, redis_url, s3, settings)
-    yield made
-    made.stop()
+def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Installation:
+    # A delivery that its deliverer took with it is due again after three times the webhooks' timeout.
+    settings = {"jobs.lease_s": LEASE_S, "webhooks.timeout_s": 4}
+    return distributed(tmp_path, database_url, redis_url, s3, settings)
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
+def database(database_url: str) -> Generator[Database]:
     opened = Database(database_url)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
+def receiver() -> Generator[Receiver]:
     with receiving() as opened:
         yield opened
 
@@ -56,19 +52,16 @@ def receiver() -> Iterator[Receiver]:
 def test_a_hundred_jobs_end_once_each_though_a_worker_is_killed_redis_is_flushed_and_the_api_is_restarted(
     installation: Installation, database: Database, receiver: Receiver, redis: Redis, s3: Bucket
 ) -> None:
-    server = installation.start_server()
-    doomed, _survivor = installation.start_workers(2)
-
-    ids = submit(installation, receiver, range(JOBS // 2))
-    kill_in_mid_job(doomed, database)
-    redis.flush()
-    assert count(database, State.QUEUED) > 0, "Redis has to be flushed while jobs wait"
-    server.stop(signal.SIGKILL)
-    installation.start_server()
-    ids += submit(installation, receiver, range(JOBS // 2, JOBS))
-
-    wait_until(lambda: count(database, State.SUCCEEDED) == JOBS, timeout_s=300, every_s=0.25)
-    wait_until(lambda: len({post.headers["webhook-id"] for post in receiver.received}) >= JOBS, timeout_s=60)
+    with installation.serving() as server, working(installation, server, 2) as (doomed, _survivor):
+        ids = submit(server, receiver, range(JOBS // 2))
+        kill_in_mid_job(doomed, database)
+        redis.flush()
+        assert count(database, State.QUEUED) > 0, "Redis has to be flushed while jobs wait"
+        server.running.stop(signal.SIGKILL)
+        with installation.serving() as restarted:
+            ids += submit(restarted, receiver, range(JOBS // 2, JOBS))
+            wait_until(lambda: count(database, State.SUCCEEDED) == JOBS, timeout_s=400, every_s=0.25)
+            wait_until(lambda: len({post.headers["webhook-id"] for post in receiver.told}) >= JOBS, timeout_s=60)
 
     assert len(set(ids)) == JOBS
     assert_each_succeeded_once(database, ids)
@@ -76,9 +69,9 @@ def test_a_hundred_jobs_end_once_each_though_a_worker_is_killed_redis_is_flushed
     assert_told_of_each_job(receiver, ids)
 
 
-def submit(installation: Installation, receiver: Receiver, numbers: range) -> list[str]:
+def submit(server: Server, receiver: Receiver, numbers: range) -> list[str]:
     ids: list[str] = []
-    with httpx.Client(base_url=installation.url, timeout=30) as client:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
         for number in numbers:
             body = {
                 "prompt": f"a {COLOURS[number % len(COLOURS)]} circle",
@@ -150,7 +143,7 @@ def assert_every_object_is_there_and_no_other(database: Database, s3: Bucket) ->
 
 def assert_told_of_each_job(receiver: Receiver, ids: list[str]) -> None:
     told: dict[str, str] = {}
-    for post in receiver.received:
+    for post in receiver.told:
         event = Webhook(WEBHOOK_SECRET).verify(post.body, dict(post.headers))
         assert event["type"] == "job.succeeded"
         told[post.headers["webhook-id"]] = event["data"]["id"]

@@ -5,15 +5,15 @@ Method: one real worker on the demo checkpoint, 40 jobs submitted one by one, ea
 broker and the claim. Asked for Redis with PostgreSQL, and for the embedded default (a folder, SQLite).
 """
 
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.acceptance.installation import Installation
+from tests.acceptance.installation import distributed, working
 from tests.benchmarks.report import report, spread
+from tests.integration.installation import Installation
 from tests.services.s3 import Bucket
 
 pytestmark = pytest.mark.benchmarks
@@ -22,34 +22,24 @@ JOBS = 40
 WARM_UP = 5
 
 
-@pytest.fixture
-def distributed(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Iterator[Installation]:
-    made = Installation.over(tmp_path, database_url, redis_url, s3, {})
-    yield made
-    made.stop()
+def test_claim_latency_with_redis(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> None:
+    samples = _latencies_ms(distributed(tmp_path, database_url, redis_url, s3, {}))
+    report("ms from submission to claim, idle worker, PostgreSQL and Redis", ms=spread(samples))
 
 
-@pytest.fixture
-def embedded(tmp_path: Path, sqlite_url: str, s3: Bucket) -> Iterator[Installation]:
-    made = Installation.over(tmp_path, sqlite_url, "", s3, {})
-    yield made
-    made.stop()
-
-
-def test_claim_latency_with_redis(distributed: Installation) -> None:
-    report("ms from submission to claim, idle worker, PostgreSQL and Redis", ms=spread(_latencies_ms(distributed)))
-
-
-def test_claim_latency_embedded(embedded: Installation) -> None:
-    report("ms from submission to claim, idle worker, SQLite and folder broker", ms=spread(_latencies_ms(embedded)))
+def test_claim_latency_embedded(tmp_path: Path, sqlite_url: str) -> None:
+    samples = _latencies_ms(Installation(tmp_path, {"database.url": sqlite_url}))
+    report("ms from submission to claim, idle worker, SQLite and folder broker", ms=spread(samples))
 
 
 def _latencies_ms(installation: Installation) -> list[float]:
-    installation.start_server()
-    installation.start_workers(1)
     samples: list[float] = []
     body = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 1}
-    with httpx.Client(base_url=installation.url, timeout=90) as client:
+    with (
+        installation.serving() as server,
+        working(installation, server, 1),
+        httpx.Client(base_url=server.url, timeout=90) as client,
+    ):
         for _ in range(JOBS):
             answer = client.post("/api/generate", json=body, headers={"prefer": "wait=60"})
             job = answer.json()

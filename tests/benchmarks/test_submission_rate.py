@@ -9,15 +9,15 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import psycopg
 import pytest
 
-from tests.acceptance.installation import Installation
+from tests.acceptance.installation import distributed
 from tests.benchmarks.report import report, spread
+from tests.integration.installation import Installation
 from tests.services.s3 import Bucket
 
 pytestmark = pytest.mark.benchmarks
@@ -31,17 +31,16 @@ REQUEST = (
 
 
 @pytest.fixture
-def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Iterator[Installation]:
-    made = Installation.over(tmp_path, database_url, redis_url, s3, {})
-    yield made
-    made.stop()
+def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Installation:
+    return distributed(tmp_path, database_url, redis_url, s3, {})
 
 
 def test_submission_rate(installation: Installation, database_url: str) -> None:
-    installation.start_server()
-    asyncio.run(_submit_for(installation.port, CONNECTIONS, 2.0))
-    many = asyncio.run(_submit_for(installation.port, CONNECTIONS, 10.0))
-    alone = asyncio.run(_submit_for(installation.port, 1, 5.0))
+    with installation.serving() as server:
+        port = int(server.url.rpartition(":")[2])
+        asyncio.run(_submit_for(port, CONNECTIONS, 2.0))
+        many = asyncio.run(_submit_for(port, CONNECTIONS, 10.0))
+        alone = asyncio.run(_submit_for(port, 1, 5.0))
     rows_per_s = _plain_rows_per_s(database_url, 5.0)
     report(
         "accepted submissions per second of one API process on PostgreSQL",

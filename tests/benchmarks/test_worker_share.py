@@ -4,15 +4,15 @@ Method: 50 jobs wait; then one worker starts and drains them, with PostgreSQL, R
 the last completion everything that is not encode, denoise or decode counts as outside. The limit is 0.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from sqlalchemy import func, select
 
-from tests.acceptance.installation import Installation
+from tests.acceptance.installation import distributed, working
 from tests.benchmarks.report import report
+from tests.integration.installation import Installation
 from tests.services.s3 import Bucket
 from tests.waiting import wait_until
 from zcore.jobs.database import Database
@@ -25,20 +25,12 @@ JOBS = 50
 
 
 @pytest.fixture
-def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Iterator[Installation]:
-    made = Installation.over(tmp_path, database_url, redis_url, s3, {})
-    yield made
-    made.stop()
+def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Installation:
+    return distributed(tmp_path, database_url, redis_url, s3, {})
 
 
 @pytest.mark.parametrize("side_px", [128, 256])
 def test_worker_share(installation: Installation, database_url: str, side_px: int) -> None:
-    installation.start_server()
-    body = {"prompt": "a red circle", "width": side_px, "height": side_px, "seed": 1}
-    with httpx.Client(base_url=installation.url, timeout=30) as client:
-        for _ in range(JOBS):
-            assert client.post("/api/generate", json=body).status_code == 202
-    installation.start_workers(1)
     database = Database(database_url)
 
     def succeeded() -> int:
@@ -46,7 +38,12 @@ def test_worker_share(installation: Installation, database_url: str, side_px: in
             statement = select(func.count()).select_from(Job).where(Job.status == State.SUCCEEDED)
             return transaction.session.scalar(statement) or 0
 
-    wait_until(lambda: succeeded() == JOBS, timeout_s=300, every_s=0.2)
+    body = {"prompt": "a red circle", "width": side_px, "height": side_px, "seed": 1}
+    with installation.serving() as server:
+        for _ in range(JOBS):
+            assert httpx.post(f"{server.url}/api/generate", json=body, timeout=30).status_code == 202
+        with working(installation, server, 1):
+            wait_until(lambda: succeeded() == JOBS, timeout_s=300, every_s=0.2)
     with database.read() as transaction:
         jobs = transaction.session.scalars(select(Job)).all()
     database.close()
