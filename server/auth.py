@@ -7,6 +7,7 @@ jobs.
 import hmac
 import ipaddress
 from typing import Any
+from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
 
@@ -26,7 +27,7 @@ class Callers:
     def owner(self, connection: Connection) -> str:
         """The caller's name. Raises `Unauthorized`."""
         if not self._keys:
-            if _is_loopback(connection):
+            if _is_local(connection):
                 return LOCAL_OWNER
             raise Unauthorized("no API keys are configured, so only callers on this machine are let in")
         given = _given_key(connection).encode()
@@ -42,12 +43,21 @@ def _given_key(connection: Connection) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
-def _is_loopback(connection: Connection) -> bool:
-    """Also not through a proxy: a forwarded request comes from elsewhere, whatever its last hop."""
+def _is_local(connection: Connection) -> bool:
+    """Connected from this machine, under a name of this machine.
+
+    A forwarded request comes from elsewhere, whatever its last hop. Another name means a page of another site, whose
+    owner lets that name lead here (DNS rebinding).
+    """
     forwarded = "forwarded" in connection.headers or "x-forwarded-for" in connection.headers
     if connection.client is None or forwarded:
         return False
+    name = urlsplit(f"//{connection.headers.get('host', '')}").hostname or ""
+    return _is_loopback(connection.client.host) and (name == "localhost" or _is_loopback(name))
+
+
+def _is_loopback(address: str) -> bool:
     try:
-        return ipaddress.ip_address(connection.client.host).is_loopback
+        return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return False

@@ -19,6 +19,8 @@ from sqlalchemy.orm import Session
 from zcore.errors import ConfigurationError
 
 SQLITE_BUSY_TIMEOUT_S = 30
+CONNECT_TIMEOUT_S = 5
+LOST_PEER_TIMEOUT_MS = 20_000  # a host that vanished without a word is given up after this, not after TCP's minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,12 @@ def _create_engine(url: str, pool_size: int) -> Engine:
         raise ConfigurationError("database.url: is not a SQLAlchemy URL") from fault
     if parsed.get_backend_name() == "postgresql":
         return create_engine(
-            parsed.set(drivername="postgresql+psycopg"), pool_size=pool_size, max_overflow=pool_size, pool_pre_ping=True
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_size=pool_size,
+            max_overflow=pool_size,
+            pool_pre_ping=True,
+            hide_parameters=True,  # an error's text goes to the log, and prompts do not
+            connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "tcp_user_timeout": LOST_PEER_TIMEOUT_MS},
         )
     if parsed.get_backend_name() != "sqlite":
         raise ConfigurationError(
@@ -93,7 +100,10 @@ def _create_engine(url: str, pool_size: int) -> Engine:
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(
-        parsed, pool_size=pool_size, connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S, "check_same_thread": False}
+        parsed,
+        pool_size=pool_size,
+        hide_parameters=True,
+        connect_args={"timeout": SQLITE_BUSY_TIMEOUT_S, "check_same_thread": False},
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

@@ -49,5 +49,15 @@ def test_without_keys_a_forwarded_caller_is_not_a_local_one(open_api: Api, heade
     problem(open_api.get("/api/jobs", headers=header), 401, "unauthorized")
 
 
+@pytest.mark.parametrize("name", ["rebound.example", "rebound.example:8000", "127.0.0.1.example", ""])
+def test_without_keys_a_page_of_another_site_is_not_a_local_caller(open_api: Api, name: str) -> None:
+    problem(open_api.get("/api/jobs", headers={"host": name}), 401, "unauthorized")
+
+
+@pytest.mark.parametrize("name", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000"])
+def test_without_keys_every_name_of_this_machine_is_local(open_api: Api, name: str) -> None:
+    assert open_api.get("/api/jobs", headers={"host": name}).status_code == 200
+
+
 def test_a_forwarded_caller_with_a_key_is_let_in(keyed_api: Api) -> None:
     assert keyed_api.as_("anna").get("/api/jobs", headers={"x-forwarded-for": "203.0.113.7"}).status_code == 200
