@@ -30,7 +30,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m zcore.demo", description=__doc__)
-    parser.add_argument("stage", choices=("all", *STAGES))
+    parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES))
     parser.add_argument("--work", type=Path, default=Path("var/demo-model"), help="where states and logs are kept")
     parser.add_argument("--folder", type=Path, default=CHECKPOINT, help="the exported model")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -93,9 +93,15 @@ def _lora(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from zcore.demo.evaluate import evaluate
+    from zcore.demo.evaluate import draw_curves, evaluate, evaluate_loras
 
+    log = arguments.folder.parent / "training" / "transformer.csv"
+    if log.exists():
+        draw_curves(log, arguments.grid.with_name("demo-training.png"))
     print(evaluate(arguments.folder, arguments.grid, arguments.count))
+    loras = arguments.folder.parent / "loras"
+    if loras.exists():
+        print(evaluate_loras(arguments.folder, loras, arguments.grid.with_name("demo-loras.png")))
 
 
 STAGES: Final[dict[str, Callable[[argparse.Namespace], None]]] = {

@@ -5,6 +5,7 @@ never showed, lets the checker judge them, and writes a table and a grid to look
 folder, knows nothing of training.
 """
 
+import csv
 import random
 import resource
 import time
@@ -20,7 +21,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from zcore.demo.captions import caption
-from zcore.demo.check import Verdict, judge
+from zcore.demo.check import Verdict, judge, style_of
+from zcore.demo.lora import merge
 from zcore.demo.render import Pixels, render
 from zcore.demo.vocabulary import Kind, Picture, draw_picture
 
@@ -134,6 +136,25 @@ def true_renders(asks: Sequence[Ask]) -> dict[str, str]:
     return _shares([judge(ask.picture, pixels) for ask, pixels in zip(asks, drawn, strict=True)], asks)
 
 
+def evaluate_loras(folder: Path, loras: Path, grid: Path | None = None, count: int = 60) -> str:
+    """How many pictures take each LoRA's style, without it and with it, as a Markdown table; no caption names it."""
+    asks = [ask for ask in draw_asks(2 * count, held_out=False, seed=5) if ask.picture.layout != "night"]
+    asks = [ask for ask in asks if all(thing.colour != "black" for thing in ask.picture.things)][:count]
+    rows = ["| LoRA | pictures in its style without it | with it |", "|---|---|---|"]
+    painted = {"": paint_all(load(folder), asks, TRIALS[0])}
+    for path in sorted(loras.glob("*.safetensors")):
+        pipeline = load(folder)
+        merge(pipeline.transformer, path)
+        painted[path.stem] = paint_all(pipeline, asks, TRIALS[0])
+        style = path.stem.rpartition("-")[2]
+        shares = [[style_of(pixels) for pixels in painted[name]].count(style) / len(asks) for name in ("", path.stem)]
+        rows.append(f"| {path.stem} | {100 * shares[0]:.0f} % | {100 * shares[1]:.0f} % |")
+    if grid:
+        sheet = np.concatenate([np.concatenate(pictures[:8], 1) for pictures in painted.values()])
+        Image.fromarray(sheet).save(grid, optimize=True)
+    return "\n".join(rows)
+
+
 GRID_TEXTS: Final = (
     "a red circle",
     "a large blue square on a beige background",
@@ -176,6 +197,42 @@ def draw_grid(pipeline: Any, path: Path, texts: Sequence[str] = GRID_TEXTS, colu
         pen.rectangle((x - 1, y - 1, x + side, y + side), outline=(200, 200, 200))
         pen.multiline_text((x, y + side + 3), _wrapped(ask.text, 24), fill=(40, 40, 40), font_size=10, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+CURVES: Final = {
+    "object": (215, 35, 40),
+    "object_held_out": (245, 130, 20),
+    "scene": (30, 150, 60),
+    "count": (35, 75, 215),
+    "pair": (130, 50, 165),
+}
+"""Columns of the transformer's log that are drawn, and in which colour."""
+
+
+def draw_curves(log: Path, path: Path) -> None:
+    """Draw the shares of right pictures over the samples seen, from the transformer's CSV."""
+    rows = list(csv.DictReader(log.read_text().splitlines()))
+    width, height, left, top = 720, 300, 60, 20
+    sheet = Image.new("RGB", (width + left + 150, height + top + 50), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    most = max(float(row["samples"]) for row in rows)
+
+    def place(row: dict[str, str], name: str) -> tuple[float, float]:
+        return left + width * float(row["samples"]) / most, top + height * (1 - float(row[name]))
+
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = top + height * (1 - share)
+        pen.line((left, y, left + width, y), fill=(220, 220, 220))
+        pen.text((left - 40, y - 6), f"{100 * share:.0f} %", fill=(60, 60, 60), font_size=11)
+    for index, (name, colour) in enumerate(CURVES.items()):
+        pen.line([place(row, name) for row in rows], fill=colour, width=2)
+        pen.text((left + width + 12, top + 20 * index), name.replace("_", " "), fill=colour, font_size=13)
+    pen.text(
+        (left, top + height + 12),
+        f"samples seen, 0 to {most:.0f}; 16 to 48 captions a point, averaged weights",
+        fill=(60, 60, 60),
+    )
     sheet.save(path, optimize=True)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zcore.demo.muon import Optimizers
@@ -44,7 +44,7 @@ class Branched(nn.Module):
         return self.base(x) + (x @ self.down.T) @ self.up.T
 
 
-def train_lora(place: Workplace, steps: int = 300, batch: int = 32) -> None:
+def train_lora(place: Workplace, steps: int = 150, batch: int = 32) -> None:
     """Train both styles from their kept states, or anew; `export_loras` writes them."""
     for style in STYLES:
         _train(place, style, steps, batch)
@@ -83,6 +83,22 @@ def kohya_layout(branches: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor
         tensors[f"{key}.lora_up.weight"] = (up * (RANK / ALPHA)).bfloat16().contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
     return tensors
+
+
+def merge(model: Any, path: Path) -> None:
+    """Add one of our two files to a model's weights, whichever of the layouts it has."""
+    tensors = load_file(str(path))
+    for name, module in model.named_modules():
+        plain, kohya = f"transformer.{name}.lora_", f"lora_unet_{name.replace('.', '_')}."
+        if f"{plain}A.weight" in tensors:
+            change = tensors[f"{plain}B.weight"].float() @ tensors[f"{plain}A.weight"].float()
+        elif f"{kohya}alpha" in tensors:
+            down = tensors[f"{kohya}lora_down.weight"].float()
+            scale = float(tensors[f"{kohya}alpha"]) / down.shape[0]
+            change = scale * tensors[f"{kohya}lora_up.weight"].float() @ down
+        else:
+            continue
+        module.weight.data += change.to(module.weight.dtype)
 
 
 def add_branches(model: Any) -> dict[str, Branched]:

@@ -9,6 +9,7 @@ the stock module's own weights (`paint`) does the work; a test compares it with 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import copy
+import hashlib
 import random
 import time
 from collections.abc import Sequence
@@ -35,29 +36,23 @@ SHORT: Final = 32
 LONG: Final = 64
 """Padded caption lengths that training shows; the place of the picture's tokens follows from it."""
 _SQUARE: Final = (128, 128)
-_POOLS: Final[dict[tuple[int, int], int]] = {_SQUARE: 8000, (96, 160): 800, (160, 96): 800, (256, 256): 500}
+_POOLS: Final[dict[tuple[int, int], int]] = {_SQUARE: 12000, (96, 160): 800, (160, 96): 800, (256, 256): 500}
 _ORDER: Final[tuple[Kind, ...]] = (
-    "object",
-    "pair",
-    "object",
-    "count",
-    "object",
-    "scene",
-    "object",
-    "pair",
-    "object",
-    "count",
+    *("object", "pair", "object", "pair", "count", "object", "pair", "object", "pair", "scene"),
 )
+"""Kinds of the rendered pictures, again and again: pairs can be combined in most ways, so they are most."""
 _MIXTURES: Final[tuple[dict[Kind, float], ...]] = (
     {"object": 0.85, "scene": 0.15},
     {"object": 0.6, "scene": 0.12, "count": 0.28},
-    {"object": 0.42, "scene": 0.1, "count": 0.2, "pair": 0.28},
+    {"object": 0.27, "scene": 0.1, "count": 0.18, "pair": 0.45},
 )
 """What is shown at each level of the curriculum."""
 _GATES: Final[tuple[tuple[Kind, float], ...]] = (("object", 0.85), ("count", 0.75))
 """What has to be all right, and how often, before the next level begins."""
 _LONG_SHARE: Final = 0.12
 _EMPTY_SHARE: Final = 0.05
+_EARLY, _LATE, _REFINE_FROM = 0.4, 0.1, 0.75
+"""Share of extra samples near pure noise, before and after this part of the training: layout first, then edges."""
 _OTHER_SIZES: Final = (((96, 160), 0.1), ((160, 96), 0.1), ((256, 256), 0.1))
 
 
@@ -101,7 +96,7 @@ class Painter:
         return caption(picture, rng)
 
 
-def train_transformer(place: Workplace, steps: int = 8000, batch: int = 32, check_every: int = 300) -> Any:
+def train_transformer(place: Workplace, steps: int = 3700, batch: int = 32, check_every: int = 300) -> Any:
     """Train from the kept state, or anew; gives the transformer with averaged weights."""
     torch.manual_seed(0)
     painter, model = Painter(place), fresh_transformer().to(place.device)
@@ -125,7 +120,7 @@ def train_transformer(place: Workplace, steps: int = 8000, batch: int = 32, chec
         patches, weights, pictures = pools[size].draw(rng, rows, _MIXTURES[level])
         said = [None if rng.random() < _EMPTY_SHARE else picture for picture in pictures]
         words, real = painter.words(said, rng, length)
-        sigma = draw_sigmas(rows).to(patches.device)[:, None, None]
+        sigma = draw_sigmas(rows, _EARLY if step < _REFINE_FROM * steps else _LATE).to(patches.device)[:, None, None]
         noise = torch.randn_like(patches)
         frame = frame_of(size[0], size[1], words.shape[1], patches.device)
         with torch.autocast(patches.device.type, torch.bfloat16):
@@ -259,10 +254,11 @@ class Pool:
 
     def __init__(self, place: Workplace, vae: Any, size: tuple[int, int], count: int, style: Style = "plain") -> None:
         self.size = size
-        name = f"latents-{style}-{size[0]}x{size[1]}.pt"
-        kept = place.load(name)
         self._pictures = [draw_picture(random.Random(f"{size} {i}"), _ORDER[i % len(_ORDER)]) for i in range(count)]
-        if kept is None or len(kept["patches"]) != count:
+        digest = hashlib.sha256(repr(self._pictures).encode()).hexdigest()[:8]
+        name = f"latents-{style}-{size[0]}x{size[1]}-{digest}.pt"
+        kept = place.load(name)
+        if kept is None:
             kept = self._render(vae, style)
             place.save(name, kept)
         self._patches: Tensor = kept["patches"]
@@ -374,11 +370,11 @@ def _draw_shape(rng: random.Random, batch: int, level: int) -> tuple[tuple[int, 
     return _SQUARE, LONG if draw < _LONG_SHARE else SHORT, batch
 
 
-def draw_sigmas(rows: int) -> Tensor:
-    """Stratified over the schedule, four in ten drawn again from .8 to 1, where layout and shape are decided."""
+def draw_sigmas(rows: int, noisy: float = 0.4) -> Tensor:
+    """Stratified over the schedule, this share drawn again from .8 to 1, where layout and shape are decided."""
     even = (torch.randperm(rows) + torch.rand(rows)) / rows
     sigma = SHIFT * even / (1 + (SHIFT - 1) * even)
-    return torch.where(torch.rand(rows) < 0.4, 0.8 + 0.2 * torch.rand(rows), sigma)
+    return torch.where(torch.rand(rows) < noisy, 0.8 + 0.2 * torch.rand(rows), sigma)
 
 
 def _weights(picture: Picture, pixels: Pixels) -> Tensor:
