@@ -103,15 +103,19 @@ def submit(
         announced_at=transaction.now,
         outputs=[],
     )
-    try:
-        with transaction.session.begin_nested():
-            transaction.session.add(job)
-    except IntegrityError:
-        # The same key arrived twice at once: the other one won between our look and our insert.
-        earlier = _made_by_key(transaction, owner, idempotency_key or "", fingerprint)
-        if earlier is None:
-            raise
-        return Submitted(earlier, replayed=True)
+    if idempotency_key is None:
+        transaction.session.add(job)
+        transaction.session.flush()
+    else:
+        try:
+            with transaction.session.begin_nested():
+                transaction.session.add(job)
+        except IntegrityError:
+            # The same key arrived twice at once: the other one won between our look and our insert.
+            earlier = _made_by_key(transaction, owner, idempotency_key, fingerprint)
+            if earlier is None:
+                raise
+            return Submitted(earlier, replayed=True)
     _record(transaction, job, "queued", {})
     return Submitted(job, replayed=False)
 
