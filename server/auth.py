@@ -31,6 +31,8 @@ class Callers:
                 return LOCAL_OWNER
             raise Unauthorized("no API keys are configured, so only callers on this machine are let in")
         given = _given_key(connection).encode()
+        if not given:
+            raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`")
         # Every key is compared, so that the time tells nothing.
         fitting = [name for name, key in self._keys.items() if hmac.compare_digest(key, given)]
         if not fitting:

@@ -37,6 +37,7 @@ from zcore.settings import Settings, load_settings, overrides_from_arguments
 from zcore.storage import Storage, open_storage
 from zcore.telemetry import configure_logging, log
 
+BROKEN_STATUS = 70  # EX_SOFTWARE: whatever supervises the worker starts a new one
 WAITING_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 15.0)
 
 
@@ -78,6 +79,7 @@ def run_worker(arguments: Sequence[str]) -> None:
         name=name,
         shutdown=parts.shutdown,
         on_ended=parts.deliverer.wake,
+        on_broken=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
     parts.app.task(name=DRAIN_TASK)(generator.drain)
 
@@ -99,6 +101,9 @@ def run_worker(arguments: Sequence[str]) -> None:
         generator.finish()
         presence.stop()
         _stop(parts, with_clock=settings.worker.upkeep)
+        if generator.is_broken:
+            print("worker: this process can no longer paint; a new one is needed", file=sys.stderr)
+            raise SystemExit(BROKEN_STATUS)
 
 
 def run_upkeep(arguments: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ from zcore.telemetry import bound, log
 if TYPE_CHECKING:
     from zcore.imaging.pipeline import GenerationResult, ZImagePipeline
 
+CRASHES_AT_MOST = 3
 UPLOAD_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -66,8 +67,11 @@ class Generator:
         name: str,
         shutdown: Shutdown,
         on_ended: Callable[[], None],
+        on_broken: Callable[[], None],
     ) -> None:
-        """`on_ended` is called after each job that reached its end, so that its webhook need not wait for the clock."""
+        """`on_ended` is called after each job that reached its end, so that its webhook need not wait for the clock;
+        `on_broken` when this process can no longer paint and has to end.
+        """
         self._pipeline = pipeline
         self._database = database
         self._storage = storage
@@ -76,6 +80,8 @@ class Generator:
         self._name = name
         self._shutdown = shutdown
         self._on_ended = on_ended
+        self._on_broken = on_broken
+        self._crashes = 0
         self._uploads = ThreadPoolExecutor(max_workers=settings.upload_backlog, thread_name_prefix="upload")
         # Painting waits when this many painted jobs are not stored yet, so that a slow bucket cannot fill the memory.
         self._backlog = threading.BoundedSemaphore(settings.upload_backlog)
@@ -98,6 +104,11 @@ class Generator:
                 self._paint(job)
         return taken
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether so many jobs crashed in a row that this process, not they, must be at fault."""
+        return self._crashes >= CRASHES_AT_MOST
+
     def finish(self) -> None:
         """Waits until everything painted is stored and completed."""
         self._uploads.shutdown(wait=True)
@@ -113,9 +124,24 @@ class Generator:
         except Exception as fault:
             pulse.stop()
             self._end_unpainted(lease, fault)
+            self._count_crash(fault)
             return
+        self._crashes = 0
         self._backlog.acquire()
         self._uploads.submit(self._store, _Painted(job, lease, pulse, request, result))
+
+    def _count_crash(self, fault: Exception) -> None:
+        """A GPU that failed once fails every later call of its process: such a worker leaves before it spoils the
+        queue.
+        """
+        if isinstance(fault, ZImageError):
+            return
+        poisoned = type(fault).__name__ == "AcceleratorError" or "CUDA error" in str(fault)
+        self._crashes = CRASHES_AT_MOST if poisoned else self._crashes + 1
+        if self.is_broken:
+            log.error("worker.broken", crashes=self._crashes, cause=type(fault).__name__)
+            self._shutdown.begin()
+            self._on_broken()
 
     def _store(self, painted: _Painted) -> None:
         """Runs beside the next job's painting; the lease is held until the very end."""
@@ -147,6 +173,7 @@ class Generator:
 
     def _put(self, painted: _Painted, index: int, give_up_at: float) -> StoredOutput:
         """Encodes and stores one picture; tries again until `give_up_at`, while nothing calls the job off."""
+        painted.pulse.check()
         image = painted.result.images[index]
         encoded = encode_png(image.image, painted.request, image.index, self._pipeline.describe())
         key = pictures.key_of(painted.job.id, painted.job.attempt, index)

@@ -18,10 +18,8 @@ from zcore.jobs.database import Database
 from zcore.storage import Storage
 from zcore.telemetry import log
 
-# A due job that nobody was told of for this long is announced again, a few at a time: each ring wakes one worker,
-# and a worker takes all that is due.
+# A due job that nobody was told of for this long is announced again.
 SILENT_S = 5.0
-ANNOUNCED_AT_ONCE = 32
 EXPIRED_AT_ONCE = 50
 FORGET_EVERY_S = 600.0
 
@@ -85,8 +83,14 @@ class Upkeep:
             self._storage.delete(pictures.keys_of(job.id, range(1, job.attempt + 1), int(job.request["n"])))
 
     def _announce_again(self) -> None:
+        """One ring for each idle worker: busy ones take what is due by themselves, and rings that nobody hears pile up.
+
+        Where no worker is seen one ring is tried all the same.
+        """
         with self._database.write() as transaction:
-            silent = lifecycle.mark_announced(transaction, SILENT_S, ANNOUNCED_AT_ONCE)
+            present = len(presence.present(transaction))
+            idle = max(0, present - queries.busy_workers(transaction)) if present else 1
+            silent = lifecycle.mark_announced(transaction, SILENT_S, idle) if idle else 0
         for _ in range(silent):
             self._announce()
 
@@ -95,10 +99,15 @@ class Upkeep:
         with self._database.read() as transaction:
             past = queries.past_retention(transaction, EXPIRED_AT_ONCE)
         for job in past:
-            self._storage.delete([output.key for output in job.outputs])
+            try:
+                self._storage.delete([output.key for output in job.outputs])
+            except StorageError as fault:
+                log.warning("job.not_expired", job_id=str(job.id), error=fault.message)
+                continue
             with self._database.write() as transaction:
-                lifecycle.expire(transaction, job.id)
-            log.info("job.expired", job_id=str(job.id))
+                expired = lifecycle.expire(transaction, job.id)
+            if expired is not None:
+                log.info("job.expired", job_id=str(job.id))
 
     def _forget(self) -> None:
         if time.monotonic() < self._forget_at:

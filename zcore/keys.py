@@ -15,6 +15,7 @@ from zcore.errors import ConfigurationError
 from zcore.settings import Settings
 
 WEBHOOK_SECRET_PREFIX = "whsec_"
+SHORTEST_SECRET_CHARACTERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,9 @@ def load_keys(settings: Settings) -> Keys:
     except OSError as fault:
         raise ConfigurationError(f"data_dir: secrets cannot be kept in {folder}: {fault.strerror}") from fault
     _check_webhook_secret(keys.webhook)
+    for name, secret in (("server.admin_key", keys.admin), ("storage.link_key", keys.link)):
+        if len(secret.strip()) < SHORTEST_SECRET_CHARACTERS:
+            raise ConfigurationError(f"{name}: has to be at least {SHORTEST_SECRET_CHARACTERS} characters")
     return keys
 
 
@@ -64,11 +68,17 @@ def _kept(path: Path, make: Callable[[], str]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         draft.touch(mode=0o600)
-        draft.write_text(make(), encoding="ascii")
         try:
+            with draft.open("w", encoding="ascii") as file:
+                file.write(make())
+                file.flush()
+                os.fsync(file.fileno())  # an empty file after a power cut would be an empty secret
             os.link(draft, path)
         except FileExistsError:
             pass
         finally:
             draft.unlink()
-    return path.read_text(encoding="ascii").strip()
+    secret = path.read_text(encoding="ascii").strip()
+    if not secret:
+        raise ConfigurationError(f"{path}: is empty; delete it, and a new secret is made")
+    return secret

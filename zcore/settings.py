@@ -146,7 +146,7 @@ class ServerSettings(_Section, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000
     public_url: str = ""
-    api_keys: dict[str, str] = {}
+    api_keys: dict[Annotated[str, Meta(min_length=1, max_length=100)], Annotated[str, Meta(min_length=1)]] = {}
     admin_key: str = ""
     shutdown_grace_s: Annotated[int, Meta(ge=1)] = 10
 

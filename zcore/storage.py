@@ -184,9 +184,10 @@ class BucketStorage:
 
     def link(self, key: str) -> Link:
         expires_at = (datetime.now(UTC) + timedelta(seconds=self._link_expiry_s)).replace(microsecond=0)
-        url = self._public_client.generate_presigned_url(
-            "get_object", Params={"Bucket": self._bucket, "Key": _checked(key)}, ExpiresIn=self._link_expiry_s
-        )
+        with _Faults(_checked(key)):
+            url = self._public_client.generate_presigned_url(
+                "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=self._link_expiry_s
+            )
         return Link(url, expires_at)
 
     def delete(self, keys: Iterable[str]) -> None:

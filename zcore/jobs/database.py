@@ -50,6 +50,7 @@ class Database:
     def write(self) -> Generator[Transaction]:
         """A transaction that commits at the end of the block, or rolls back when the block raises."""
         with Session(self._writing, expire_on_commit=False) as session, session.begin():
+            session.connection()  # SQLite's write lock first: the time of what waited for it is when it came through
             yield Transaction(session, self._now(session))
 
     @contextmanager

@@ -9,7 +9,7 @@ import binascii
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_
 from sqlalchemy.orm import selectinload
@@ -144,6 +144,11 @@ def counts_by_status(transaction: Transaction) -> dict[State, int]:
     return counts
 
 
+def busy_workers(transaction: Transaction) -> int:
+    """How many workers have a running job."""
+    return transaction.session.scalar(select(func.count(Job.worker.distinct())).where(Job.status == State.RUNNING)) or 0
+
+
 def past_retention(transaction: Transaction, at_most: int) -> Sequence[Job]:
     """Succeeded jobs whose pictures are due to be deleted."""
     statement = (
@@ -177,8 +182,9 @@ def _ids(wanted: JobFilter, cursor: str | None, newer: bool) -> tuple[uuid.UUID,
 
 
 def _first_id_at(moment: datetime) -> int:
-    """The smallest UUIDv7 of that millisecond."""
-    return max(0, int(moment.timestamp() * 1000)) << 80
+    """The smallest UUIDv7 of that millisecond; a time without a zone is UTC."""
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0, int(aware.timestamp() * 1000)) << 80
 
 
 def _to_cursor(job_id: uuid.UUID) -> str:

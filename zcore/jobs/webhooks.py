@@ -28,6 +28,7 @@ class DueWebhook:
     output_keys: Mapping[int, str]
     created_at: datetime
     attempt: int
+    held_until: datetime  # the claim itself: who holds the event no longer decides its next time
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,14 @@ def claim_due(transaction: Transaction, at_most: int, hold_s: float) -> list[Due
     keys = _output_keys(transaction, [event.job_id for event in events])
     return [
         DueWebhook(
-            event.id, event.type, event.url, event.snapshot, keys.get(event.job_id, {}), event.created_at, event.attempt
+            event.id,
+            event.type,
+            event.url,
+            event.snapshot,
+            keys.get(event.job_id, {}),
+            event.created_at,
+            event.attempt,
+            transaction.now + timedelta(seconds=hold_s),
         )
         for event in events
     ]
@@ -84,7 +92,7 @@ def record_attempt(transaction: Transaction, webhook: DueWebhook, outcome: Attem
     )
     transaction.session.execute(
         update(WebhookEvent)
-        .where(WebhookEvent.id == webhook.id, WebhookEvent.delivered_at.is_(None))
+        .where(WebhookEvent.id == webhook.id, WebhookEvent.next_attempt_at == webhook.held_until)
         .values(
             delivered_at=transaction.now if outcome.delivered else None,
             next_attempt_at=None if outcome.delivered else retry_at,

@@ -16,7 +16,7 @@ from tests.integration.installation import Installation
 from tests.integration.jobs.examples import cancel, look, submit
 from zcore.jobs.states import State
 
-KEY = "0042"
+KEY = "00420042"
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_hosts_with_the_same_key_share_sessions_and_another_key_ends_them(
     session = admin.cookies["zimage_admin"]
     with visiting(installation, session) as same:
         assert same.get("/admin").status_code == 200
-    with visiting(installation.changed(server__admin_key="0043"), session) as changed:
+    with visiting(installation.changed(server__admin_key="00430043"), session) as changed:
         assert changed.get("/admin").status_code == 303
         # The stale cookie is in nobody's way.
         assert enter(changed, "0043").status_code == 303

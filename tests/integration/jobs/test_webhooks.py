@@ -133,6 +133,17 @@ def test_a_delivered_event_can_be_sent_once_more(database: Database) -> None:
     assert [again.id for again in claim_due(database)] == [due.id]
 
 
+def test_a_late_failure_does_not_take_back_what_was_asked_for_since(database: Database) -> None:
+    job_id = canceled(database)
+    [due] = claim_due(database)
+    with database.write() as transaction:
+        webhooks.resend(transaction, due.id)
+    record(database, due, DEAD)
+    event, tries = delivery(database, job_id)
+    assert event.next_attempt_at is not None
+    assert len(tries) == 1
+
+
 def test_only_an_event_that_is_there_can_be_sent_again(database: Database) -> None:
     with pytest.raises(NotFound), database.write() as transaction:
         webhooks.resend(transaction, uuid.uuid4())

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -51,6 +51,7 @@ class Studio:
     storage: ShakyStorage
     painter: Painter
     ended: threading.Event
+    broken: threading.Event = field(default_factory=threading.Event)
 
     def generator(
         self, grace_s: float = 60, name: str = "worker-1", painter: Painter | None = None, **changed: Any
@@ -63,7 +64,15 @@ class Studio:
         )
         shutdown = Shutdown(grace_s)
         made = Generator(
-            painter or self.painter, self.database, self.storage, jobs, settings, name, shutdown, self.ended.set
+            painter or self.painter,
+            self.database,
+            self.storage,
+            jobs,
+            settings,
+            name,
+            shutdown,
+            self.ended.set,
+            self.broken.set,
         )  # type: ignore[arg-type]
         return made, shutdown
 

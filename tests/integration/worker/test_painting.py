@@ -235,6 +235,40 @@ def test_an_unexpected_error_is_tried_again_and_tells_callers_nothing_of_the_ins
     assert "swordfish" not in (job.error_message or "")
 
 
+def test_a_worker_whose_every_job_crashes_leaves_before_it_spoils_the_queue(studio: Studio) -> None:
+    def crash(_request: GenerationRequest, _step: int) -> None:
+        raise RuntimeError("something is wrong with this process")
+
+    ids = [studio.submit(max_attempts=1) for _ in range(6)]
+    studio.painter.between = crash
+    assert studio.work() == 3
+    assert studio.broken.is_set()
+    assert [studio.look(job_id).status for job_id in ids] == ["failed"] * 3 + ["queued"] * 3
+
+
+def test_a_worker_whose_gpu_has_failed_leaves_at_once(studio: Studio) -> None:
+    def crash(_request: GenerationRequest, _step: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    studio.submit()
+    studio.submit()
+    studio.painter.between = crash
+    assert studio.work() == 1
+    assert studio.broken.is_set()
+
+
+def test_a_crash_now_and_then_is_no_reason_to_leave(studio: Studio) -> None:
+    def crash(request: GenerationRequest, _step: int) -> None:
+        if request.seed % 2:
+            raise RuntimeError("this job only")
+
+    for seed in range(8):
+        studio.submit(max_attempts=1, seed=seed)
+    studio.painter.between = crash
+    assert studio.work() == 8
+    assert not studio.broken.is_set()
+
+
 def test_what_no_repeat_can_mend_fails_at_once(studio: Studio) -> None:
     def refuse(_request: GenerationRequest, _step: int) -> None:
         raise InvalidRequest.field("width", "is more than this checkpoint can place")

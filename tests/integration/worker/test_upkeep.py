@@ -83,6 +83,23 @@ def test_a_job_nobody_was_told_of_is_rung_for_once_in_a_while(studio: Studio, up
     assert bell.rings == 1
 
 
+def test_busy_workers_are_not_rung_for_and_each_idle_one_is_once(studio: Studio, upkeep: Upkeep, bell: Bell) -> None:
+    for _ in range(10):
+        studio.submit()
+    claimed(studio, lease_s=60)  # by worker-9
+    with studio.database.write() as transaction:
+        presence.show(transaction, "worker-9", "a model", "cpu")
+        for job in queries.page(transaction, queries.JobFilter(), None, 50).jobs:
+            job.announced_at -= timedelta(seconds=6)  # type: ignore[operator]
+    upkeep.tick()
+    assert bell.rings == 0, "it takes what is due by itself"
+    with studio.database.write() as transaction:
+        presence.show(transaction, "worker-1", "a model", "cpu")
+        presence.show(transaction, "worker-2", "a model", "cpu")
+    upkeep.tick()
+    assert bell.rings == 2
+
+
 def test_pictures_past_their_time_are_deleted_and_their_job_expires(studio: Studio, upkeep: Upkeep) -> None:
     kept, past = studio.submit(n=2), studio.submit(n=2)
     studio.work()
