@@ -88,6 +88,7 @@ def upgrade() -> None:
         sqlite_where=sa.text("status = 'running'"),
     )
     op.create_index("ix_jobs_owner_id", "jobs", ["owner", "id"], unique=False)
+    op.create_index("ix_jobs_owner_status_id", "jobs", ["owner", "status", "id"], unique=False)
     op.create_index(
         "ix_jobs_queue",
         "jobs",

@@ -151,6 +151,7 @@ class Job(Table):
         UniqueConstraint("owner", "idempotency_key"),
         Index("ix_jobs_status_id", "status", "id"),
         Index("ix_jobs_owner_id", "owner", "id"),
+        Index("ix_jobs_owner_status_id", "owner", "status", "id"),
     )
 
 

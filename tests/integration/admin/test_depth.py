@@ -40,8 +40,13 @@ def long_history(database_url: str) -> Iterator[Database]:
 
 @pytest.mark.parametrize(
     ("wanted", "depth"),
-    [(JobFilter(), 60), (JobFilter(status=State.FAILED), 11), (JobFilter(owner="owner 3"), 2)],
-    ids=["of all", "of a status long past", "of an owner"],
+    [
+        (JobFilter(), 60),
+        (JobFilter(status=State.FAILED), 11),
+        (JobFilter(owner="owner 3"), 2),
+        (JobFilter("owner 3", State.CANCELED), 2),
+    ],
+    ids=["of all", "of a status long past", "of an owner", "of an owner in a status"],
 )
 def test_a_deep_page_reads_no_more_than_the_first(long_history: Database, wanted: JobFilter, depth: int) -> None:
     *_, deep = pages(long_history, wanted, depth)
