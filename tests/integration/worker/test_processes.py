@@ -5,6 +5,7 @@ Loading torch takes seconds, so a worker lives through several tests: they stand
 
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ import pytest
 from sqlalchemy import make_url
 
 from tests.integration.broker.cable import Cable, cable_to
-from tests.integration.installation import Installation, events, told
+from tests.integration.installation import TREE, Installation, events, told
 from tests.integration.webhooks.receiver import receiving
+from tests.services import process
 from tests.services.postgres import Postgres
 from tests.services.process import Running
 from tests.services.redis import Redis
 from tests.waiting import wait_until
+from worker.app import BROKEN_STATUS
 from worker.gpu import load_pipeline
 from zcore.broker import Doorbell, make_app
 from zcore.errors import CheckpointError
@@ -239,6 +242,19 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, migrated_file: 
         assert running.process.wait(START_S) == 2, running.last_lines()
         assert running.last_lines().startswith(line)
         assert "\n" not in running.last_lines()
+
+
+def test_a_worker_whose_gpu_has_failed_gives_its_job_back_and_ends_with_a_status_of_its_own(
+    tmp_path: Path, migrated_file: Path
+) -> None:
+    shutil.copy(migrated_file, tmp_path / "zimage.db")
+    installation = Installation(tmp_path, {})
+    with installation.database() as database:
+        job_id = submit(database)
+        command = [sys.executable, "-m", "tests.integration.worker.broken_gpu"]
+        running = process.start(command, tmp_path / "broken.log", environment=installation.environment, folder=TREE)
+        assert running.process.wait(START_S) == BROKEN_STATUS, running.last_lines()
+        assert timeline(database, job_id) == ["queued", "claimed", "postponed"]
 
 
 def test_a_model_that_is_not_there_is_named_with_its_setting(tmp_path: Path) -> None:

@@ -1,0 +1,22 @@
+"""`python -m tests.integration.worker.broken_gpu`: a whole worker process whose GPU fails at the first picture."""
+
+from typing import Any
+
+from worker import app
+
+
+class BrokenGpu:
+    """A pipeline as torch leaves it after an illegal access."""
+
+    def generate(self, _request: object, _on_step: object) -> Any:
+        """Fails as every later call in such a process does."""
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def describe(self) -> dict[str, str]:
+        """What it is."""
+        return {}
+
+
+if __name__ == "__main__":
+    app.load_pipeline = lambda _settings: BrokenGpu()  # type: ignore[assignment, return-value]
+    app.run_worker([])
