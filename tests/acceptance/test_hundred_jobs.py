@@ -54,9 +54,10 @@ def test_a_hundred_jobs_end_once_each_though_a_worker_is_killed_redis_is_flushed
 ) -> None:
     with installation.serving() as server, working(installation, server, 2) as (doomed, _survivor):
         ids = submit(server, receiver, range(JOBS // 2))
-        kill_in_mid_job(doomed, database)
+        orphan = kill_in_mid_job(doomed, database)
         redis.flush()
         assert count(database, State.QUEUED) > 0, "Redis has to be flushed while jobs wait"
+        wait_until(lambda: "rescued" in event_types(database, orphan), timeout_s=6 * LEASE_S)
         server.running.stop(signal.SIGKILL)
         with installation.serving() as restarted:
             ids += submit(restarted, receiver, range(JOBS // 2, JOBS))
@@ -87,8 +88,8 @@ def submit(server: Server, receiver: Receiver, numbers: range) -> list[str]:
     return ids
 
 
-def kill_in_mid_job(worker: Running, database: Database) -> None:
-    """SIGKILL while this worker paints; the job is RUNNING in its name, with nobody behind it."""
+def kill_in_mid_job(worker: Running, database: Database) -> str:
+    """SIGKILL while this worker paints; gives the job, RUNNING in its name with nobody behind it."""
 
     def painted_by_it() -> str:
         with database.read() as transaction:
@@ -103,8 +104,7 @@ def kill_in_mid_job(worker: Running, database: Database) -> None:
 
     wait_until(painted_by_it, timeout_s=60, every_s=0.002)
     worker.stop(signal.SIGKILL)
-    orphan = wait_until(painted_by_it, timeout_s=1)
-    wait_until(lambda: event_types(database, orphan).count("rescued") == 1, timeout_s=6 * LEASE_S)
+    return wait_until(painted_by_it, timeout_s=1)
 
 
 def count(database: Database, state: State) -> int:
