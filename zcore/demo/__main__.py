@@ -22,7 +22,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-    order = [name for name in STAGES if name != "render"] if arguments.stage == "all" else [arguments.stage]
+    order = [name for name in STAGES if name not in ("render", "adopt")] if arguments.stage == "all" else [arguments.stage]
     for name in order:
         print(f"stage {name}", flush=True)
         STAGES[name](arguments)
@@ -54,6 +54,13 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
     folder = arguments.work / "tokenizer"
     if not folder.exists():  # every later stage depends on these very tokens
         build_tokenizer(folder)
+
+
+def _adopt(arguments: argparse.Namespace) -> None:
+    from zcore.demo.adopt import adopt
+    from zcore.demo.workplace import Workplace
+
+    adopt(Workplace(arguments.work, arguments.device), arguments.folder, arguments.folder.parent / "training")
 
 
 def _trained(module: str) -> Callable[[argparse.Namespace], None]:
@@ -106,6 +113,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 STAGES: Final[dict[str, Callable[[argparse.Namespace], None]]] = {
     "render": _render,
+    "adopt": _adopt,
     "tokenizer": _tokenizer,
     "vae": _trained("vae"),
     "text-encoder": _trained("text_encoder"),

@@ -206,6 +206,8 @@ CURVES: Final = {
     "scene": (30, 150, 60),
     "count": (35, 75, 215),
     "pair": (130, 50, 165),
+    "pair_96x160": (190, 130, 215),
+    "pair_256x256": (90, 90, 95),
 }
 """Columns of the transformer's log that are drawn, and in which colour."""
 
@@ -226,7 +228,7 @@ def draw_curves(log: Path, path: Path) -> None:
         pen.line((left, y, left + width, y), fill=(220, 220, 220))
         pen.text((left - 40, y - 6), f"{100 * share:.0f} %", fill=(60, 60, 60), font_size=11)
     for index, (name, colour) in enumerate(CURVES.items()):
-        pen.line([place(row, name) for row in rows], fill=colour, width=2)
+        pen.line([place(row, name) for row in rows if row.get(name)], fill=colour, width=2)
         pen.text((left + width + 12, top + 20 * index), name.replace("_", " "), fill=colour, font_size=13)
     pen.text(
         (left, top + height + 12),

@@ -92,6 +92,7 @@ class Optimizers:
     def state_dict(self) -> list[Any]:
         return [optimizer.state_dict() for optimizer, _ in self._all]
 
-    def load_state_dict(self, state: list[Any]) -> None:
-        for (optimizer, _), saved in zip(self._all, state, strict=True):
+    def load_state_dict(self, state: list[Any] | None) -> None:
+        """Go on from a kept state; None begins anew at whatever step comes next."""
+        for (optimizer, _), saved in zip(self._all, state or (), strict=state is not None):
             optimizer.load_state_dict(saved)
