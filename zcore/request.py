@@ -6,9 +6,11 @@ database, the tokenizer (lengths in tokens are checked where one is at hand) or 
 """
 
 import difflib
+import math
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -16,10 +18,10 @@ import msgspec
 from msgspec import Meta
 
 from zcore.errors import FieldError, InvalidRequest
+from zcore.sizes import LARGEST_SIDE_PX, RATIOS, SIDE_MULTIPLE_PX, SMALLEST_SIDE_PX, named_size
 
 SEED_BOUND = 2**63
 CHOSEN_SEED_BOUND = 2**53  # what every JSON reader keeps exactly
-SIZE_MULTIPLE_PX = 16
 PROMPT_LIMIT_CHARACTERS = 16_384
 METADATA_LIMIT_BYTES = 1024
 
@@ -28,10 +30,61 @@ UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 Side = Annotated[
     int,
-    Meta(ge=64, le=8192, multiple_of=SIZE_MULTIPLE_PX, description="Pixels; a multiple of 16 from 64 to 8192."),
+    Meta(
+        ge=SMALLEST_SIDE_PX,
+        le=LARGEST_SIDE_PX,
+        multiple_of=SIDE_MULTIPLE_PX,
+        description="Pixels; a multiple of 16 from 64 to 8192.",
+    ),
 ]
 Steps = Annotated[int, Meta(ge=1, le=50, description="Transformer forwards; 8 is what the model was distilled for.")]
 Shift = Annotated[float, Meta(ge=0.1, le=20.0, description="Flow-matching schedule shift.")]
+GuidanceScale = Annotated[
+    float,
+    Meta(
+        ge=0.0,
+        le=30.0,
+        description="Classifier-free guidance; 0 is off, which a distilled checkpoint wants. Above 0 every step costs "
+        "two forwards.",
+    ),
+]
+HiddenLayer = Annotated[
+    int, Meta(ge=-36, le=-1, description="Which hidden state of the text encoder is read; -2 is what was trained on.")
+]
+Strength = Annotated[
+    float, Meta(gt=0.0, le=1.0, description="How much of the input is painted anew: near 0 little, 1 all of it.")
+]
+StrengthRule = Literal["continuous", "diffusers"]
+LongPromptMode = Literal["truncate", "interpolate", "pool", "attention_pool", "refuse"]
+OutputFormat = Literal["png", "jpeg", "webp", "avif"]
+Fit = Literal["cover", "contain", "stretch"]
+LayerName = Annotated[str, Meta(pattern=r"^-([1-9]|[12][0-9]|3[0-6])$")]
+LayerWeight = Annotated[float, Meta(gt=0.0, le=1000.0)]
+SystemText = Annotated[str, Meta(max_length=PROMPT_LIMIT_CHARACTERS)]
+InputAddress = Annotated[str, Meta(min_length=1, max_length=2048)]
+
+INPUT_ID = re.compile(r"input:([0-9a-f]{64})")
+"""An uploaded file, by the SHA-256 of its bytes."""
+OUTPUT_OF_JOB = re.compile(r"output:([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/(\d{1,2})")
+"""A picture that an earlier job of the same caller painted, by the job's id and the picture's index."""
+GIVEN = "given:"
+"""Begins the address of an input that a program passes beside the request; the rest is its name."""
+
+
+class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One pass of a multi-pass generation.
+
+    What is absent is as in the request, but for `strength`: 0.5 where a pass refines the one before it.
+    """
+
+    scale: Annotated[
+        float,
+        Meta(gt=0.0, le=1.0, description="Part of the final width and height; each side becomes a multiple of 16."),
+    ]
+    steps: Steps | None = None
+    strength: Strength | None = None
+    shift: Shift | None = None
+    guidance_scale: GuidanceScale | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -42,20 +95,96 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
     version: Literal[1] = 1
     prompt: Annotated[str, Meta(min_length=1, max_length=PROMPT_LIMIT_CHARACTERS, description="What to paint.")]
-    template: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
+    negative_prompt: Annotated[
+        str,
+        Meta(
+            max_length=PROMPT_LIMIT_CHARACTERS, description="What to steer away from; needs a guidance_scale above 0."
+        ),
+    ] = ""
+    template: (
+        Annotated[str, Meta(min_length=1, max_length=100, description="A system prompt by name: see /api/templates.")]
+        | None
+    ) = None
+    system_prompt: Annotated[SystemText, Meta(description="In place of the template's; empty for none.")] | None = None
+    thinking_content: (
+        Annotated[SystemText, Meta(description="What the assistant thought before; brings a think block.")] | None
+    ) = None
+    assistant_content: (
+        Annotated[SystemText, Meta(description="What the assistant answered; closes its message.")] | None
+    ) = None
+    force_think_block: Annotated[bool, Meta(description="Whether a think block stands there even if empty.")] | None = (
+        None
+    )
+    strip_quotes: Annotated[bool, Meta(description='Take every " out of the prompt, which would be painted.')] = False
+    clean_whitespace: Annotated[
+        bool, Meta(description="Trim, runs of blanks to one, three or more line ends to two. Off in the official code.")
+    ] = False
+    hidden_layer: HiddenLayer = -2
+    layer_weights: Annotated[
+        dict[LayerName, LayerWeight],
+        Meta(description='Blend of hidden states, as {"-2": 0.7, "-5": 0.3}; replaces hidden_layer.'),
+    ] = {}
+    long_prompt_mode: Annotated[
+        LongPromptMode, Meta(description="What becomes of a prompt with more tokens than the model can place.")
+    ] = "interpolate"
     width: Side = 1024
     height: Side = 1024
     steps: Steps = 8
     shift: Shift = 3.0
+    guidance_scale: GuidanceScale = 0.0
+    cfg_normalization: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=10.0,
+            description="Largest norm of the guided prediction, in norms of the prompt's own; 0 is off.",
+        ),
+    ] = 0.0
+    cfg_truncation: Annotated[
+        float,
+        Meta(ge=0.0, le=1.0, description="Guidance ends where 1 - sigma is above this; 1 keeps it to the end."),
+    ] = 1.0
+    image: (
+        Annotated[
+            InputAddress,
+            Meta(description="What to start from: an https URL, input:SHA256 of an upload, or output:JOB/INDEX."),
+        ]
+        | None
+    ) = None
+    mask: (
+        Annotated[InputAddress, Meta(description="Where to paint anew (white); the rest stays as it is in `image`.")]
+        | None
+    ) = None
+    strength: Strength = 0.6
+    strength_rule: Annotated[
+        StrengthRule,
+        Meta(description="`continuous` starts at just that noise; `diffusers` rounds to a step of the full schedule."),
+    ] = "continuous"
+    fit: Annotated[
+        Fit, Meta(description="How an input of other proportions fills the picture: cropped, bordered or stretched.")
+    ] = "cover"
+    keep_unmasked: Annotated[
+        bool, Meta(description="With a mask: pixels outside it are the input's own, untouched by the VAE.")
+    ] = True
+    passes: Annotated[
+        tuple[Pass, ...],
+        Meta(max_length=4, description="Multi-pass: sizes growing to the final one, each refining the last."),
+    ] = ()
     seed: Annotated[
         int,
         Meta(ge=0, le=SEED_BOUND - 1, description="0 to 2^63-1; chosen at random, stored and returned when absent."),
     ] = 0
     n: Annotated[int, Meta(ge=1, le=8, description="Pictures of this request; picture i uses seed + i.")] = 1
+    format: Annotated[OutputFormat, Meta(description="Of the stored files; each holds its parameters.")] = "png"
+    quality: Annotated[int, Meta(ge=1, le=100, description="Of JPEG, WebP and AVIF; PNG is without loss.")] = 90
 
     def seed_of(self, index: int) -> int:
         """The seed of picture `index` (from 0) of this request; wraps at 2^63."""
         return (self.seed + index) % SEED_BOUND
+
+
+SIZE_FIELDS = ("size", "aspect_ratio", "resolution")
+"""What a caller may say in place of width and height; a request only keeps what follows from it."""
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,6 +211,9 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     height: Side = 1024
     steps: Steps = 8
     shift: Shift = 3.0
+    guidance_scale: GuidanceScale = 0.0
+    hidden_layer: HiddenLayer = -2
+    long_prompt_mode: LongPromptMode = "interpolate"
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,23 +226,18 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_submission(body: Mapping[str, Any], defaults: GenerationDefaults, limits: RequestLimits) -> Submission:
-    """The whole body of a submission. Raises `InvalidRequest` naming every field that is wrong."""
-    request_fields = {name: value for name, value in body.items() if name not in Delivery.__struct_fields__}
-    delivery_fields = {name: value for name, value in body.items() if name in Delivery.__struct_fields__}
-    decided = {**msgspec.to_builtins(defaults), "seed": secrets.randbelow(CHOSEN_SEED_BOUND), **request_fields}
-    errors: list[FieldError] = []
-    request = _valid_fields(decided, GenerationRequest, errors)
-    delivery = _valid_fields(delivery_fields, Delivery, errors)
-    errors += [*_request_faults(request, limits), *_delivery_faults(delivery)]
-    if errors:
-        raise InvalidRequest(errors)
-    return Submission(GenerationRequest(**request), Delivery(**delivery))
+    """The whole body of a submission. Raises `InvalidRequest` naming every field that is wrong.
+
+    In place of `width` and `height` it may say `size` or `aspect_ratio` (see `zcore.sizes`), of the operator's usual
+    area or of that of `resolution`. Inputs are addresses that any worker can follow: https URLs, uploads, outputs.
+    """
+    return _parse(body, defaults, limits, _REMOTE)
 
 
 def parse_generation(
     fields: Mapping[str, Any], defaults: GenerationDefaults | None = None, limits: RequestLimits | None = None
 ) -> GenerationRequest:
-    """The picture's part alone, for callers in this process.
+    """The picture's part alone, for callers in this process, who pass inputs beside the request as `given:NAME`.
 
     Raises `InvalidRequest` naming every field that is wrong.
     """
@@ -121,7 +248,25 @@ def parse_generation(
     ]
     if unwanted:
         raise InvalidRequest(unwanted)
-    return parse_submission(fields, defaults or GenerationDefaults(), limits or RequestLimits()).request
+    return _parse(fields, defaults or GenerationDefaults(), limits or RequestLimits(), _LOCAL).request
+
+
+def _parse(
+    body: Mapping[str, Any], defaults: GenerationDefaults, limits: RequestLimits, inputs: "_InputKinds"
+) -> Submission:
+    errors: list[FieldError] = []
+    said = {name: value for name, value in body.items() if name not in SIZE_FIELDS}
+    size = _said_size({name: body[name] for name in SIZE_FIELDS if name in body}, said, defaults, errors)
+    request_fields = {name: value for name, value in said.items() if name not in Delivery.__struct_fields__}
+    delivery_fields = {name: value for name, value in said.items() if name in Delivery.__struct_fields__}
+    chosen = {"seed": secrets.randbelow(CHOSEN_SEED_BOUND)}
+    decided = {**msgspec.to_builtins(defaults), **chosen, **size, **request_fields}
+    request = _valid_fields(decided, GenerationRequest, errors)
+    delivery = _valid_fields(delivery_fields, Delivery, errors)
+    errors += [*_request_faults(request, limits, inputs), *_delivery_faults(delivery)]
+    if errors:
+        raise InvalidRequest(errors)
+    return Submission(GenerationRequest(**request), Delivery(**delivery))
 
 
 def said_plainly(message: str) -> str:
@@ -152,7 +297,60 @@ def _valid_fields(fields: Mapping[str, Any], shape: type[msgspec.Struct], errors
     return values
 
 
-def _request_faults(valid: Mapping[str, Any], limits: RequestLimits) -> list[FieldError]:
+@dataclass(frozen=True, slots=True)
+class _InputKinds:
+    """Which addresses of inputs are taken, and how they are described."""
+
+    is_taken: Callable[[str], bool]
+    described: str
+
+
+_REMOTE = _InputKinds(
+    lambda address: (
+        bool(INPUT_ID.fullmatch(address) or OUTPUT_OF_JOB.fullmatch(address)) or _is_plain_web_address(address)
+    ),
+    "must be an https URL without user and password, input:SHA256 of an upload, or output:JOB/INDEX",
+)
+_LOCAL = _InputKinds(
+    lambda address: address.startswith(GIVEN), f"must be passed as a picture, and is named {GIVEN}NAME"
+)
+
+
+def _said_size(
+    said: Mapping[str, Any], others: Mapping[str, Any], defaults: GenerationDefaults, errors: list[FieldError]
+) -> dict[str, int]:
+    """Width and height as `size`, `aspect_ratio` and `resolution` mean them; empty where none is said."""
+    if not said:
+        return {}
+    sides = [name for name in ("width", "height") if name in others]
+    if sides:
+        errors += [FieldError(_pointer(name), f"contradicts `{sides[0]}`; say one of them") for name in said]
+        return {}
+    if "size" in said and len(said) > 1:
+        errors.append(FieldError("/size", "is given together with aspect_ratio or resolution; say one of them"))
+        return {}
+    usual = round(math.sqrt(defaults.width * defaults.height))
+    try:
+        resolution = msgspec.convert(said.get("resolution", usual), Annotated[int, Meta(ge=64, le=8192)])
+    except msgspec.ValidationError as fault:
+        errors.append(FieldError("/resolution", said_plainly(str(fault))))
+        return {}
+    name = "size" if "size" in said else "aspect_ratio"
+    wanted = said.get(name, "1:1")
+    if wanted == "auto":
+        return {}
+    if not isinstance(wanted, str) or (name == "aspect_ratio" and ":" not in wanted):
+        errors.append(FieldError(_pointer(name), f"must be a text as {' or '.join(RATIOS[:2])}"))
+        return {}
+    try:
+        size = named_size(wanted, resolution)
+    except ValueError as fault:
+        errors.append(FieldError(_pointer(name), str(fault)))
+        return {}
+    return {"width": size.width, "height": size.height}
+
+
+def _request_faults(valid: Mapping[str, Any], limits: RequestLimits, inputs: _InputKinds) -> list[FieldError]:
     """What no single field can know, as far as the fields it needs are right by themselves."""
     faults: list[FieldError] = []
     width, height = valid.get("width", 0), valid.get("height", 0)
@@ -162,6 +360,31 @@ def _request_faults(valid: Mapping[str, Any], limits: RequestLimits) -> list[Fie
         faults += [FieldError("/width", detail), FieldError("/height", detail)]
     if "prompt" in valid and not valid["prompt"].strip():
         faults.append(FieldError("/prompt", "must not be blank"))
+    if valid.get("negative_prompt") and not valid.get("guidance_scale"):
+        faults.append(FieldError("/negative_prompt", "does nothing without a guidance_scale above 0"))
+    addresses = {name: valid[name] for name in ("image", "mask") if valid.get(name) is not None}
+    refused = [name for name, address in addresses.items() if not inputs.is_taken(address)]
+    faults += [FieldError(f"/{name}", inputs.described) for name in refused]
+    if "mask" in addresses and "image" not in addresses and "mask" not in refused:
+        faults.append(FieldError("/mask", "needs an `image` that it is laid over"))
+    return [*faults, *_pass_faults(valid)]
+
+
+def _pass_faults(valid: Mapping[str, Any]) -> list[FieldError]:
+    passes: tuple[Pass, ...] = valid.get("passes", ())
+    if not passes:
+        return []
+    scales = [one.scale for one in passes]
+    if scales != sorted(scales) or scales[-1] != 1.0:
+        return [FieldError("/passes", f"scales have to grow and end at 1.0, not {scales}")]
+    if valid.get("mask") is not None:
+        return [FieldError("/passes", "cannot be combined with a mask")]
+    faults: list[FieldError] = []
+    if passes[0].strength is not None and valid.get("image") is None:
+        faults.append(FieldError("/passes/0/strength", "the first pass begins from noise; it has no strength"))
+    shortest = min(valid.get("width", 0), valid.get("height", 0))
+    if shortest and shortest * scales[0] < SMALLEST_SIDE_PX:
+        faults.append(FieldError("/passes/0/scale", f"{scales[0]} of {shortest} px is below {SMALLEST_SIDE_PX} px"))
     return faults
 
 
@@ -206,5 +429,6 @@ def _is_plain_web_address(url: str) -> bool:
 
 
 def _unknown_field(name: str) -> str:
-    near = difflib.get_close_matches(name, (*GenerationRequest.__struct_fields__, *Delivery.__struct_fields__), n=1)
+    known = (*GenerationRequest.__struct_fields__, *SIZE_FIELDS, *Delivery.__struct_fields__)
+    near = difflib.get_close_matches(name, known, n=1)
     return f"is not a field of a request; did you mean `{near[0]}`?" if near else "is not a field of a request"

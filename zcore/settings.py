@@ -23,7 +23,17 @@ import msgspec
 from msgspec import Meta, field
 
 from zcore.errors import ConfigurationError
-from zcore.request import GenerationDefaults, RequestLimits, Shift, Side, Steps, said_plainly
+from zcore.request import (
+    GenerationDefaults,
+    GuidanceScale,
+    HiddenLayer,
+    LongPromptMode,
+    RequestLimits,
+    Shift,
+    Side,
+    Steps,
+    said_plainly,
+)
 
 TREE = Path(__file__).resolve().parent.parent
 ENVIRONMENT_PREFIX = "ZIMAGE_"
@@ -46,7 +56,7 @@ class EncoderSettings(_Section, frozen=True):
 
     device: Device = "auto"
     torch_dtype: DType = "bfloat16"
-    hidden_layer: Annotated[int, Meta(ge=-36, le=-1)] = -2
+    hidden_layer: HiddenLayer = -2
     quantization: Literal["none", "4bit", "8bit"] = "none"
 
 
@@ -63,7 +73,7 @@ class GenerationSettings(_Section, frozen=True):
     height: Side = 1024
     width: Side = 1024
     num_inference_steps: Steps = 8
-    guidance_scale: Annotated[float, Meta(ge=0.0, le=30.0)] = 0.0
+    guidance_scale: GuidanceScale = 0.0
 
 
 class SchedulerSettings(_Section, frozen=True):
@@ -80,7 +90,7 @@ class PytorchSettings(_Section, frozen=True):
     tiled_vae: bool = False
     tile_size: Annotated[int, Meta(ge=128, le=8192, multiple_of=16)] = 512
     tile_overlap: Annotated[int, Meta(ge=0, le=4096, multiple_of=8)] = 64
-    long_prompt_mode: Literal["truncate", "interpolate", "pool", "attention_pool"] = "interpolate"
+    long_prompt_mode: LongPromptMode = "interpolate"
     compile: bool = False
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     embedding_cache: bool = True
@@ -221,6 +231,9 @@ class Settings(_Section, frozen=True):
             height=self.generation.height,
             steps=self.generation.num_inference_steps,
             shift=self.scheduler.shift,
+            guidance_scale=self.generation.guidance_scale,
+            hidden_layer=self.encoder.hidden_layer,
+            long_prompt_mode=self.pytorch.long_prompt_mode,
         )
 
     @property

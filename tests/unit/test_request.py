@@ -16,6 +16,7 @@ from zcore.request import (
     SEED_BOUND,
     GenerationDefaults,
     GenerationRequest,
+    Pass,
     RequestLimits,
     Submission,
     parse_generation,
@@ -45,9 +46,33 @@ def faults(body: dict[str, Any], limits: RequestLimits = LIMITS) -> dict[str, st
 
 # Bounds
 
+UPLOAD = "input:" + "0a" * 32
+OUTPUT = "output:01a20719-4142-7484-a819-b2b18c8b5dd4/3"
 WITHIN = {
     "prompt": ["x", "x" * PROMPT_LIMIT_CHARACTERS, "狐狸 🦊", " x "],
+    "negative_prompt": [""],
     "template": [None, "photography", "x" * 100],
+    "system_prompt": [None, "", "Paint.", "x" * PROMPT_LIMIT_CHARACTERS],
+    "thinking_content": [None, "", "A quiet fox."],
+    "assistant_content": [None, "", "Here it is."],
+    "force_think_block": [None, True, False],
+    "strip_quotes": [False, True],
+    "clean_whitespace": [False, True],
+    "hidden_layer": [-1, -2, -36],
+    "layer_weights": [{}, {"-2": 0.7, "-36": 0.3}, {"-1": 1000}],
+    "long_prompt_mode": ["truncate", "interpolate", "pool", "attention_pool", "refuse"],
+    "guidance_scale": [0, 0.0, 4.5, 30],
+    "cfg_normalization": [0, 1.0, 10],
+    "cfg_truncation": [0, 0.5, 1],
+    "image": [None, UPLOAD, OUTPUT, "https://pictures.example/fox.png"],
+    "mask": [None],
+    "strength": [0.01, 0.6, 1],
+    "strength_rule": ["continuous", "diffusers"],
+    "fit": ["cover", "contain", "stretch"],
+    "keep_unmasked": [True, False],
+    "passes": [(), (Pass(scale=0.5), Pass(scale=1.0, steps=9, strength=0.5, shift=3.0, guidance_scale=0.0))],
+    "format": ["png", "jpeg", "webp", "avif"],
+    "quality": [1, 90, 100],
     "width": [64, 80, 8192],
     "height": [64, 80, 8192],
     "steps": [1, 8, 9, 50],
@@ -61,7 +86,46 @@ WITHIN = {
 }
 OUTSIDE = {
     "prompt": ["", " \n\t", "x" * (PROMPT_LIMIT_CHARACTERS + 1), 7, None, "nul\0", "half \ud83e"],
+    "negative_prompt": [7, None, "x" * (PROMPT_LIMIT_CHARACTERS + 1), "needs guidance"],
     "template": ["", "x" * 101, 7, "nul\0"],
+    "system_prompt": [7, "x" * (PROMPT_LIMIT_CHARACTERS + 1), "nul\0"],
+    "thinking_content": [7, "x" * (PROMPT_LIMIT_CHARACTERS + 1)],
+    "assistant_content": [7, "x" * (PROMPT_LIMIT_CHARACTERS + 1)],
+    "force_think_block": [0, "yes"],
+    "strip_quotes": [None, 1],
+    "clean_whitespace": [None, "no"],
+    "hidden_layer": [0, 2, -37, None, -1.5],
+    "layer_weights": [None, [], {"-2": 0}, {"-2": -1}, {"-37": 1}, {"0": 1}, {"two": 1}, {"-2": "1"}],
+    "long_prompt_mode": ["", "cut", None],
+    "guidance_scale": [-0.1, 30.1, None, "4"],
+    "cfg_normalization": [-1, 11, True],
+    "cfg_truncation": [-0.1, 1.1, None],
+    "image": [
+        "",
+        7,
+        "fox.png",
+        "given:fox.png",
+        "file:///etc/passwd",
+        "input:12",
+        "output:1/0",
+        "https://a:b@c.example",
+    ],
+    "mask": ["", 7, "mask.png"],
+    "strength": [0, -0.5, 1.01, None],
+    "strength_rule": ["floor", None],
+    "fit": ["crop", None],
+    "keep_unmasked": [None, 1],
+    "passes": [
+        None,
+        [{}],
+        [{"scale": 0.5}],
+        [{"scale": 1.0}, {"scale": 0.5}],
+        [{"scale": 1.0, "step": 9}],
+        [{"scale": 1.0}] * 5,
+        [{"scale": 1.0, "width": 64}],
+    ],
+    "format": ["gif", "PNG", None],
+    "quality": [0, 101, 90.5],
     "width": [0, -64, 63, 48, 65, 1000, 8193, 8208, 1024.0, "1024", True, None, 2**70],
     "height": [0, -64, 63, 48, 65, 1000, 8193, 8208, 1024.0, "1024", True, None, 2**70],
     "steps": [0, 51, -1, 8.5, "8", None],
@@ -155,6 +219,82 @@ def test_limits_are_named_in_the_refusal() -> None:
     assert "0" in found["/seed"]
 
 
+# Sizes by name
+
+
+@pytest.mark.parametrize(
+    ("said", "sides"),
+    [
+        ({"size": "1536x864"}, (1536, 864)),
+        ({"size": "auto"}, (1024, 1024)),
+        ({"size": "landscape_16_9"}, (1280, 720)),
+        ({"aspect_ratio": "9:16"}, (720, 1280)),
+        ({"aspect_ratio": "21:9", "resolution": 1536}, (2016, 864)),
+        ({"resolution": 512}, (512, 512)),
+        ({"aspect_ratio": "16:9", "resolution": 128}, (176, 96)),
+        ({"aspect_ratio": "2:1"}, (1456, 720)),
+    ],
+)
+def test_a_size_may_be_said_by_name_ratio_or_resolution(said: dict[str, Any], sides: tuple[int, int]) -> None:
+    request = parse(**said).request
+    assert (request.width, request.height) == sides
+
+
+@pytest.mark.parametrize(
+    ("said", "pointer"),
+    [
+        ({"size": "huge"}, "/size"),
+        ({"size": 1024}, "/size"),
+        ({"size": "1000x1000"}, "/width"),
+        ({"size": "1024x1024", "aspect_ratio": "1:1"}, "/size"),
+        ({"aspect_ratio": "1:9"}, "/aspect_ratio"),
+        ({"aspect_ratio": "square"}, "/aspect_ratio"),
+        ({"aspect_ratio": "0:1"}, "/aspect_ratio"),
+        ({"aspect_ratio": "1:1", "resolution": 63}, "/resolution"),
+        ({"aspect_ratio": "1:1", "width": 1024}, "/aspect_ratio"),
+    ],
+)
+def test_a_size_that_means_nothing_or_two_things_is_refused(said: dict[str, Any], pointer: str) -> None:
+    assert pointer in faults({"prompt": "a fox", **said})
+
+
+@given(st.integers(1, 100), st.integers(1, 100), st.sampled_from([64, 128, 512, 1000, 1024, 4096]))
+def test_every_ratio_gives_sides_that_a_request_takes(across: int, down: int, resolution: int) -> None:
+    assume(1 / 8 <= across / down <= 8)
+    request = parse(aspect_ratio=f"{across}:{down}", resolution=resolution).request
+    assert request.width % 16 == request.height % 16 == 0
+    assert (request.width >= request.height) == (across >= down) or request.width == request.height
+
+
+# What fields say together
+
+
+@pytest.mark.parametrize(
+    ("fields", "pointers"),
+    [
+        ({"negative_prompt": "blur"}, {"/negative_prompt"}),
+        ({"negative_prompt": "blur", "guidance_scale": 4.0}, set()),
+        ({"mask": UPLOAD}, {"/mask"}),
+        ({"mask": UPLOAD, "image": OUTPUT}, set()),
+        ({"mask": UPLOAD, "image": OUTPUT, "passes": [{"scale": 1.0}]}, {"/passes"}),
+        ({"passes": [{"scale": 0.5, "strength": 0.5}, {"scale": 1.0}]}, {"/passes/0/strength"}),
+        ({"passes": [{"scale": 0.5, "strength": 0.5}, {"scale": 1.0}], "image": OUTPUT}, set()),
+        ({"passes": [{"scale": 0.04}, {"scale": 1.0}]}, {"/passes/0/scale"}),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], pointers: set[str]) -> None:
+    if pointers:
+        assert set(faults({"prompt": "a fox", **fields})) == pointers
+    else:
+        parse(**fields)
+
+
+def test_inputs_of_this_process_are_given_beside_the_request() -> None:
+    assert parse_generation({"prompt": "a fox", "image": "given:fox.png"}).image == "given:fox.png"
+    with pytest.raises(InvalidRequest, match="image: must be passed as a picture"):
+        parse_generation({"prompt": "a fox", "image": "https://pictures.example/fox.png"})
+
+
 # Faults
 
 
@@ -197,9 +337,12 @@ def test_pointers_are_escaped() -> None:
 
 
 def test_a_silent_caller_gets_the_operators_defaults() -> None:
-    defaults = GenerationDefaults(width=128, height=256, steps=4, shift=6.0)
+    defaults = GenerationDefaults(
+        width=128, height=256, steps=4, shift=6.0, guidance_scale=3.0, hidden_layer=-3, long_prompt_mode="pool"
+    )
     request = parse_submission({"prompt": "a fox"}, defaults, LIMITS).request
     assert (request.width, request.height, request.steps, request.shift) == (128, 256, 4, 6.0)
+    assert (request.guidance_scale, request.hidden_layer, request.long_prompt_mode) == (3.0, -3, "pool")
     assert (request.n, request.template, request.version) == (1, None, 1)
     assert parse_submission({"prompt": "a fox", "width": 512}, defaults, LIMITS).request.width == 512
 

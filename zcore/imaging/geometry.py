@@ -19,12 +19,12 @@ from pathlib import Path
 import msgspec
 
 from zcore.errors import CheckpointError, InvalidRequest
-from zcore.request import SIZE_MULTIPLE_PX
+from zcore.sizes import SIDE_MULTIPLE_PX
 
 LATENT_PX = 8
 """Pixels a side of one latent."""
 
-PATCH_LATENTS = SIZE_MULTIPLE_PX // LATENT_PX
+PATCH_LATENTS = SIDE_MULTIPLE_PX // LATENT_PX
 """Latents a side of one image token."""
 
 SEQUENCE_MULTIPLE = 32
@@ -70,17 +70,17 @@ class PlacementLimits:
     @property
     def height_px(self) -> int:
         """The tallest picture: 8192 px of 512 rows."""
-        return self.rows * SIZE_MULTIPLE_PX
+        return self.rows * SIDE_MULTIPLE_PX
 
     @property
     def width_px(self) -> int:
         """The widest picture: 8192 px of 512 columns."""
-        return self.columns * SIZE_MULTIPLE_PX
+        return self.columns * SIDE_MULTIPLE_PX
 
 
 def latent_size(width_px: int, height_px: int) -> LatentSize:
     """The latents of a picture. Both sides have to be multiples of 16, which a `GenerationRequest` promises."""
-    assert width_px % SIZE_MULTIPLE_PX == height_px % SIZE_MULTIPLE_PX == 0, f"{width_px}x{height_px}"
+    assert width_px % SIDE_MULTIPLE_PX == height_px % SIDE_MULTIPLE_PX == 0, f"{width_px}x{height_px}"
     return LatentSize(height=height_px // LATENT_PX, width=width_px // LATENT_PX)
 
 
