@@ -1,44 +1,46 @@
 """The public Python API: a prompt in, pictures out.
 
-Takes a `GenerationRequest`; gives images with their timings. `ZImagePipeline.generate` is the whole way on one
-screen. Does not know jobs, HTTP or files other than the checkpoint's. A pipeline is used by one thread; one
+Takes a `GenerationRequest` and the pictures it starts from; gives images with their timings. `ZImagePipeline._paint` is
+the whole way. Does not know jobs, HTTP or files other than the checkpoint's. A pipeline is used by one thread; one
 generation leaves nothing behind for the next, whether it ended, was stopped or failed.
 
     pipe = ZImagePipeline.from_pretrained("/path/to/z-image", templates_dir="templates/z_image")
     pipe("A cat sleeping in sunlight", seed=42).save("output.png")
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from zcore.errors import InvalidRequest, OutOfMemory
 from zcore.imaging import geometry
+from zcore.imaging.input_picture import fitted, mask_fitted
 from zcore.imaging.model import loader
-from zcore.imaging.model.checkpoint import locate, read_json
+from zcore.imaging.model.checkpoint import PAINTING, encoder_family, locate, read_json, revision
 from zcore.imaging.model.transformer import VelocityModel
-from zcore.imaging.model.vae import PictureDecoder
+from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.profiler import GenerationMetrics, PhaseClock
-from zcore.imaging.sampling.denoise import denoise, start_latents
-from zcore.imaging.sampling.schedule import sigmas
-from zcore.imaging.text.embedding_cache import CacheUse, EmbeddingCache, key_of
-from zcore.imaging.text.encoder import TextEncoder
-from zcore.imaging.text.formatter import FormattedPrompt, format_request
+from zcore.imaging.prompt_encoder import PromptEncoder, wants_negative
+from zcore.imaging.sampling.denoise import Kept, Velocity, denoise, draw_noise, noised
+from zcore.imaging.sampling.guidance import guided
+from zcore.imaging.sampling.multipass import PlannedPass, enlarged, plan
+from zcore.imaging.text.embedding_cache import CacheUse
+from zcore.imaging.text.embedding_file import PromptEmbedding, check_fits
 from zcore.imaging.text.templates import TemplateLibrary
-from zcore.imaging.text.token_count import TokenCounter
-from zcore.request import GenerationRequest, parse_generation
+from zcore.request import GIVEN, GenerationDefaults, GenerationRequest, parse_generation
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a generation is: `step` of `steps` forwards done, over all its pictures; `phase` is what comes next."""
+    """How far a generation is: `step` of `steps` done, over all its pictures and passes; `phase` is what comes next."""
 
     phase: Literal["encode", "denoise", "decode"]
     step: int
@@ -46,6 +48,18 @@ class Progress:
 
 
 OnStep = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a request names by address, at hand: the picture it starts from, the mask over it, its prompt's embedding.
+
+    Pictures may have any mode and size; they are fitted by the request's `fit`. A mask is white where to paint anew.
+    """
+
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    embedding: PromptEmbedding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +82,25 @@ class GenerationResult:
 class ZImagePipeline:
     """A loaded checkpoint. `from_pretrained` makes one."""
 
-    def __init__(self, networks: loader.Networks, setup: "_Setup", templates: TemplateLibrary) -> None:
+    def __init__(self, folder: Path, setup: "_Setup", encoder: PromptEncoder | None) -> None:
         self._setup = setup
-        self._templates = templates
-        self._revision = networks.revision
-        self._tokens = TokenCounter.load(networks.folder)
-        self._limits = geometry.PlacementLimits.of_checkpoint(networks.folder)
-        self._shift = setup.shift or float(read_json(networks.folder / "scheduler" / "scheduler_config.json")["shift"])
-        self._encoder = TextEncoder(networks.text_encoder, setup.encoder.device, setup.hidden_layer)
-        self._cache = EmbeddingCache(setup.embedding_cache_bytes)
-        self._model = VelocityModel(networks.transformer, setup.transformer.device, setup.transformer.dtype)
-        self._decoder = PictureDecoder(networks.vae, setup.vae.device, setup.vae.dtype)
-        self._description = _described(setup, networks.revision)
+        self._encoder = encoder
+        self._family = encoder_family(folder)
+        self._limits = geometry.PlacementLimits.of_checkpoint(folder)
+        transformer = loader.load_transformer(folder, setup.transformer)
+        loader.use_attention(transformer, setup.attention_backend)
+        if setup.compiled != "no":
+            loader.compile_blocks(transformer, setup.compiled)
+        self._model = VelocityModel(transformer, setup.transformer.device, setup.transformer.dtype)
+        self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype)
+        self._description = {**_described(setup, revision(folder, PAINTING)), **(encoder.describe() if encoder else {})}
 
     @classmethod
     def from_pretrained(
         cls,
         model_path: str | Path,
         *,
-        templates_dir: str | Path | None = None,
+        templates_dir: str | Path | Sequence[str | Path] | None = None,
         torch_dtype: torch.dtype | str = torch.bfloat16,
         encoder_dtype: torch.dtype | str | None = None,
         encoder_device: str = "auto",
@@ -102,82 +116,187 @@ class ZImagePipeline:
         """Load a folder in the diffusers layout, or a hub id. Raises `CheckpointError` for what is not as it has to be.
 
         Devices are `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. `torch_dtype` is the transformer's, and the text
-        encoder's unless `encoder_dtype` says otherwise; the VAE decodes in float32 where the checkpoint or a CPU
-        demands it. `shift` is for `__call__` and comes from the checkpoint when None. With `compile` the first
-        pictures take a minute longer.
+        encoder's unless `encoder_dtype` says otherwise; the VAE works in float32 where the checkpoint or a CPU
+        demands it. `hidden_layer` and `shift` are for calls that do not say; the latter comes from the checkpoint when
+        None. With `compile` the first pictures take a minute longer.
         """
-        folder = locate(str(model_path))
-        dtype = loader.dtype_of(torch_dtype)
-        transformer = loader.transformer_placement(loader.device_of(dit_device), dtype)
-        setup = _Setup(
-            name=folder.resolve().name if Path(model_path).is_dir() else str(model_path),
-            encoder=loader.Placement(loader.device_of(encoder_device), loader.dtype_of(encoder_dtype or dtype)),
-            transformer=transformer,
-            vae=loader.vae_placement(folder, loader.device_of(vae_device), dtype),
+        encoder = PromptEncoder.from_pretrained(
+            model_path,
+            templates=_templates(templates_dir),
+            torch_dtype=encoder_dtype or torch_dtype,
+            device=encoder_device,
             hidden_layer=hidden_layer,
-            shift=shift,
-            attention_backend=loader.choose_attention(attention_backend, transformer),
-            compiled=compile_mode if compile else "no",
             embedding_cache_bytes=embedding_cache_bytes,
         )
-        templates = TemplateLibrary.load(Path(templates_dir)) if templates_dir is not None else TemplateLibrary.empty()
-        networks = loader.load(folder, encoder=setup.encoder, transformer=setup.transformer, vae=setup.vae)
-        loader.use_attention(networks.transformer, setup.attention_backend)
-        if compile:
-            loader.compile_blocks(networks.transformer, compile_mode)
-        return cls(networks, setup, templates)
+        return cls.from_pretrained_generator_only(
+            model_path,
+            torch_dtype=torch_dtype,
+            dit_device=dit_device,
+            vae_device=vae_device,
+            shift=shift,
+            compile=compile,
+            compile_mode=compile_mode,
+            attention_backend=attention_backend,
+            encoder=encoder,
+            hidden_layer=hidden_layer,
+        )
 
-    def generate(self, request: GenerationRequest, on_step: OnStep | None = None) -> GenerationResult:
+    @classmethod
+    def from_pretrained_generator_only(
+        cls,
+        model_path: str | Path,
+        *,
+        torch_dtype: torch.dtype | str = torch.bfloat16,
+        dit_device: str = "auto",
+        vae_device: str = "auto",
+        shift: float | None = None,
+        compile: bool = False,  # noqa: A002
+        compile_mode: str = "default",
+        attention_backend: str = "auto",
+        encoder: PromptEncoder | None = None,
+        hidden_layer: int = -2,
+    ) -> "ZImagePipeline":
+        """Load transformer and VAE alone, to paint from embeddings that a `PromptEncoder` made, here or elsewhere.
+
+        The text encoder's weights are neither read nor need to be there. Parameters are those of `from_pretrained`.
+        """
+        folder = locate(str(model_path), PAINTING)
+        dtype = loader.dtype_of(torch_dtype)
+        transformer = loader.transformer_placement(loader.device_of(dit_device), dtype)
+        configured = float(read_json(folder / "scheduler" / "scheduler_config.json")["shift"])
+        setup = _Setup(
+            name=folder.resolve().name if Path(model_path).is_dir() else str(model_path),
+            transformer=transformer,
+            vae=loader.vae_placement(folder, loader.device_of(vae_device), dtype),
+            defaults=GenerationDefaults(shift=configured if shift is None else shift, hidden_layer=hidden_layer),
+            attention_backend=loader.choose_attention(attention_backend, transformer),
+            compiled=compile_mode if compile else "no",
+        )
+        return cls(folder, setup, encoder)
+
+    def generate(
+        self, request: GenerationRequest, on_step: OnStep | None = None, inputs: Inputs | None = None
+    ) -> GenerationResult:
         """Paint the request's pictures one after the other; each is what it would be alone.
 
+        `inputs` holds what the request names: it has to have an image and a mask exactly where the request does.
         `on_step` is told before the prompt is encoded, before each forward and before each decoding; an
         `errors.Interruption` that it raises ends the generation there. Raises `InvalidRequest` for an unknown
-        template or a size the checkpoint cannot place, `PromptTooLong`, and `OutOfMemory`.
+        template or a size the checkpoint cannot place, `PromptTooLong`, `EmbeddingMismatch` and `OutOfMemory`.
         """
-        return self._generate(request, on_step or _unheard, lambda index: _generator(request.seed_of(index)))
+        generator_of = partial(_generator_of, request)
+        return self._generate(request, on_step or _unheard, inputs or Inputs(), generator_of)
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         height: int = 1024,
         width: int = 1024,
         num_inference_steps: int = 8,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        template: str | None = None,
-        shift: float | None = None,
-    ) -> Image.Image:
-        """One picture. Without seed and generator a random one; a generator is drawn from and so moves on."""
+        inputs: Inputs | None = None,
+        **fields: Any,
+    ) -> Any:
+        """One picture for a prompt, a list of pictures for a list of prompts, as PIL images.
+
+        `fields` are any others of a `GenerationRequest`, from `template` to `cfg_truncation`. Without seed and
+        generator a random seed; a generator is drawn from and so moves on. Of `n` pictures only the first is given:
+        ask `generate` for all. Raises as `generate` does.
+        """
+        if not isinstance(prompt, str):
+            return [
+                self(
+                    one,
+                    height=height,
+                    width=width,
+                    num_inference_steps=num_inference_steps,
+                    seed=seed,
+                    generator=generator,
+                    inputs=inputs,
+                    **fields,
+                )
+                for one in prompt
+            ]
         if seed is not None and generator is not None:
             raise InvalidRequest.field("seed", "give a seed or a generator, not both")
-        fields = {
+        inputs = inputs or Inputs()
+        said: dict[str, Any] = {
             "prompt": prompt,
-            "template": template,
             "height": height,
             "width": width,
             "steps": num_inference_steps,
-            "shift": self._shift if shift is None else shift,
+            **fields,
         }
-        request = parse_generation(fields if seed is None else {**fields, "seed": seed})
+        said |= {name: f"{GIVEN}{name}" for name in ("image", "mask") if getattr(inputs, name) is not None}
+        if seed is not None:
+            said["seed"] = seed
+        request = parse_generation(said, self._setup.defaults)
         if generator is None:
-            return self.generate(request).images[0].image
-        return self._generate(request, _unheard, lambda _index: generator).images[0].image
+            return self.generate(request, inputs=inputs).images[0].image
+        return self._generate(request, _unheard, inputs, lambda _index: generator).images[0].image
+
+    def img2img(
+        self,
+        prompt: str,
+        *,
+        image: Image.Image,
+        strength: float = 0.6,
+        mask: Image.Image | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        **options: Any,
+    ) -> Image.Image:
+        """A picture that starts from another of any mode and size; with a mask only its white part is painted anew.
+
+        Without width and height the size is the image's own, rounded down to multiples of 16. `options` are those of
+        a call.
+        """
+        multiple = geometry.SIDE_MULTIPLE_PX
+        return self(
+            prompt,
+            width=width or image.width // multiple * multiple,
+            height=height or image.height // multiple * multiple,
+            strength=strength,
+            inputs=Inputs(image=image, mask=mask),
+            **options,
+        )
+
+    def generate_multipass(
+        self,
+        prompt: str,
+        *,
+        final_width: int,
+        final_height: int,
+        passes: Sequence[dict[str, Any]] = ({"scale": 0.5}, {"scale": 1.0, "strength": 0.5}),
+        **options: Any,
+    ) -> Image.Image:
+        """A picture in several passes, each refining the enlarged latents of the last; see `zcore.request.Pass`."""
+        return self(prompt, width=final_width, height=final_height, passes=list(passes), **options)
+
+    def generate_from_embeddings(self, embeddings: PromptEmbedding, **options: Any) -> Image.Image:
+        """A picture of a prompt that was encoded before, here or on another machine. `options` are those of a call."""
+        return self(f"embedding {embeddings.prompt_sha256[:16]}", inputs=Inputs(embedding=embeddings), **options)
 
     def describe(self) -> dict[str, str]:
         """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host."""
         return dict(self._description)
 
     def cache_use(self) -> CacheUse:
-        """How the embedding cache has served."""
-        return self._cache.use()
+        """How the embedding cache has served; nothing where there is no text encoder."""
+        return self._encoder.cache_use() if self._encoder else CacheUse(0, 0, 0, 0)
 
     def _generate(
-        self, request: GenerationRequest, on_step: OnStep, generator_of: Callable[[int], torch.Generator]
+        self,
+        request: GenerationRequest,
+        on_step: OnStep,
+        inputs: Inputs,
+        generator_of: Callable[[int], torch.Generator],
     ) -> GenerationResult:
         try:
             with torch.inference_mode():
-                return self._paint(request, on_step, generator_of)
+                return self._paint(request, on_step, inputs, generator_of)
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
         # Only here are the failed frames gone, and the tensors with them.
@@ -186,44 +305,93 @@ class ZImagePipeline:
         raise OutOfMemory(f"{request.width}x{request.height} does not fit the memory of {where}: {reason}")
 
     def _paint(
-        self, request: GenerationRequest, on_step: OnStep, generator_of: Callable[[int], torch.Generator]
+        self,
+        request: GenerationRequest,
+        on_step: OnStep,
+        inputs: Inputs,
+        generator_of: Callable[[int], torch.Generator],
     ) -> GenerationResult:
         """The whole way."""
         geometry.check_sides(request.width, request.height, self._limits)
-        clock = PhaseClock(self._setup.devices)
-        forwards = request.steps * request.n
-        on_step(Progress("encode", 0, forwards))
+        passes = plan(request)
+        clock = PhaseClock(self._devices)
+        walk = _Walk(on_step, request.n * sum(one.forwards for one in passes))
+        on_step(Progress("encode", 0, walk.steps))
         with clock.phase("encode"):
-            prompt_embeds = self._embed(format_request(request, self._templates))  # (L, hidden)
-        size = geometry.latent_size(request.width, request.height)
-        levels = sigmas(request.steps, request.shift)
+            embedding = self._embedding(request, inputs.embedding)
+            start = _fit(request, inputs, passes[0])
         images: list[GeneratedImage] = []
         for index in range(request.n):
-            done = index * request.steps
             with clock.phase("denoise"):
-                noise = start_latents(generator_of(index), self._model.channels, size)  # (16, h, w)
-                latents = denoise(
-                    partial(self._model.velocity, prompt_embeds=prompt_embeds),
-                    noise.to(self._setup.transformer.device),
-                    levels,
-                    partial(_tell, on_step, done, forwards),
-                )
-            on_step(Progress("decode", done + request.steps, forwards))
+                latents = self._latents(passes, embedding, start, generator_of(index), walk)  # (16, h, w)
+            walk.tell("decode")
             with clock.phase("decode"):
-                image = self._decoder.decode(latents)
+                image = start.pasted(self._coder.decode(latents), request.keep_unmasked)
             images.append(GeneratedImage(image, request.seed_of(index), index))
-        return GenerationResult(images, clock.metrics())
+        return GenerationResult(images, clock.metrics(embedding.prompt_tokens, embedding.embeds.shape[0]))
 
-    def _embed(self, prompt: FormattedPrompt) -> Tensor:
-        """(L, hidden) on the transformer's device and in its dtype, computed or remembered."""
-        setup = self._setup
-        ids = self._tokens.token_ids(prompt)
-        key = key_of(ids, self._revision, str(setup.hidden_layer), str(setup.encoder))
-        embedding = self._cache.get(key)
-        if embedding is None:
-            embedding = self._encoder.encode(ids)
-            self._cache.put(key, embedding)
-        return embedding.to(setup.transformer.device, setup.transformer.dtype)
+    def _latents(
+        self,
+        passes: Sequence[PlannedPass],
+        embedding: PromptEmbedding,
+        start: "_Start",
+        generator: torch.Generator,
+        walk: "_Walk",
+    ) -> Tensor:
+        """One picture through all passes: (16, h, w) of the last one's size."""
+        device = self._setup.transformer.device
+        latents = self._coder.encode(start.image, generator).to(device) if start.image else None
+        for one in passes:
+            noise = draw_noise(generator, self._model.channels, one.size).to(device)
+            latents = noise if latents is None else enlarged(latents, one.size)
+            kept = Kept(latents, noise, start.latent_mask(one, device)) if start.mask else None
+            latents = denoise(
+                self._velocity(embedding, one), noised(latents, noise, one.levels[0]), list(one.levels), walk.step, kept
+            )
+        assert latents is not None, "there is at least one pass"
+        return latents
+
+    def _velocity(self, embedding: PromptEmbedding, one: PlannedPass) -> Velocity:
+        """Where latents want to go in this pass, guided where it is to be."""
+        levels = list(one.levels)
+        positive = self._model.plan(embedding.embeds, one.size, levels)
+        if one.guidance.scale == 0:
+            return partial(self._model.velocity, positive)
+        assert embedding.negative is not None, "a guided request has its negative prompt encoded"
+        negative = self._model.plan(embedding.negative, one.size, levels)
+
+        def both(latents: Tensor, step: int) -> Tensor:
+            velocity = self._model.velocity(positive, latents, step)
+            if not one.guidance.is_active(levels[step]):
+                return velocity
+            return guided(velocity, self._model.velocity(negative, latents, step), one.guidance)
+
+        return both
+
+    def _embedding(self, request: GenerationRequest, given: PromptEmbedding | None) -> PromptEmbedding:
+        """On the transformer's device and in its dtype."""
+        if given is not None:
+            check_fits(
+                given,
+                hidden_size=self._model.prompt_width,
+                caption_tokens=self._limits.caption_tokens,
+                encoder_family=self._family,
+            )
+            if wants_negative(request) and given.negative is None:
+                raise InvalidRequest.field(
+                    "guidance_scale", "needs the embedding of a negative prompt; encode it with one"
+                )
+        elif self._encoder is None:
+            raise InvalidRequest.field("embeddings", "are needed: this pipeline was loaded without a text encoder")
+        embedding = given or cast(PromptEncoder, self._encoder).encode(request)
+        move = partial(torch.Tensor.to, device=self._setup.transformer.device, dtype=self._setup.transformer.dtype)
+        negative = None if embedding.negative is None else move(embedding.negative)
+        return replace(embedding, embeds=move(embedding.embeds), negative=negative)
+
+    @property
+    def _devices(self) -> set[torch.device]:
+        encoder = {self._encoder.device} if self._encoder else set[torch.device]()
+        return encoder | {self._setup.transformer.device, self._setup.vae.device}
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,43 +399,87 @@ class _Setup:
     """How a checkpoint is run."""
 
     name: str
-    encoder: loader.Placement
     transformer: loader.Placement
     vae: loader.Placement
-    hidden_layer: int
-    shift: float | None
+    defaults: GenerationDefaults
     attention_backend: str
     compiled: str
-    embedding_cache_bytes: int
-
-    @property
-    def devices(self) -> set[torch.device]:
-        return {self.encoder.device, self.transformer.device, self.vae.device}
 
 
-def _tell(on_step: OnStep, before: int, forwards: int, done: int) -> None:
-    on_step(Progress("denoise", before + done, forwards))
+@dataclass(slots=True)
+class _Walk:
+    """The count of steps of one generation, told step by step."""
+
+    on_step: OnStep
+    steps: int
+    done: int = 0
+
+    def step(self, _step: int) -> None:
+        """Another step begins."""
+        self.tell("denoise")
+        self.done += 1
+
+    def tell(self, phase: Literal["denoise", "decode"]) -> None:
+        """What comes next."""
+        self.on_step(Progress(phase, self.done, self.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What the first pass starts from, at its size: RGB picture and 8-bit mask, or neither."""
+
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+
+    def latent_mask(self, one: PlannedPass, device: torch.device) -> Tensor:
+        """(1, h, w) of 0 and 1 by the nearest pixel, 1 where to paint, as diffusers makes it."""
+        assert self.mask is not None, "asked for only with a mask"
+        painted = torch.from_numpy(np.array(self.mask)).float()[None, None] >= 127.5  # (1, 1, H, W)
+        size = (one.size.height, one.size.width)
+        return torch.nn.functional.interpolate(painted.float(), size=size, mode="nearest")[0].to(device)
+
+    def pasted(self, painted: Image.Image, keep_unmasked: bool) -> Image.Image:
+        """The painted picture, with the input's own pixels outside the mask where they shall be kept."""
+        if self.image is None or self.mask is None or not keep_unmasked:
+            return painted
+        return Image.composite(painted, self.image, self.mask)
+
+
+def _fit(request: GenerationRequest, inputs: Inputs, first: PlannedPass) -> _Start:
+    """The request's inputs at the first pass's size. Raises `InvalidRequest` where they are not what it names."""
+    for name in ("image", "mask"):
+        if (getattr(request, name) is None) != (getattr(inputs, name) is None):
+            raise InvalidRequest.field(name, "has to be passed as a picture exactly where the request names one")
+    return _Start(
+        image=None if inputs.image is None else fitted(inputs.image, first.width, first.height, request.fit),
+        mask=None if inputs.mask is None else mask_fitted(inputs.mask, first.width, first.height, request.fit),
+    )
+
+
+def _templates(folders: str | Path | Sequence[str | Path] | None) -> TemplateLibrary:
+    if folders is None:
+        return TemplateLibrary.empty()
+    several = [folders] if isinstance(folders, str | Path) else folders
+    return TemplateLibrary.load(*map(Path, several))
 
 
 def _unheard(_progress: Progress) -> None:
     pass
 
 
-def _generator(seed: int) -> torch.Generator:
+def _generator_of(request: GenerationRequest, index: int) -> torch.Generator:
     """On the CPU, whatever the device, so that a seed means the same noise everywhere."""
-    return torch.Generator("cpu").manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(request.seed_of(index))
 
 
-def _described(setup: _Setup, revision: str) -> dict[str, str]:
+def _described(setup: _Setup, model_revision: str) -> dict[str, str]:
     return {
         "engine": _version("zimage"),
         "model": setup.name,
-        "model_revision": revision,
+        "model_revision": model_revision,
         "device": _hardware(setup.transformer.device),
-        "transformer_dtype": _spelled(setup.transformer.dtype),
-        "encoder_dtype": _spelled(setup.encoder.dtype),
-        "vae_dtype": _spelled(setup.vae.dtype),
-        "hidden_layer": str(setup.hidden_layer),
+        "transformer_dtype": loader.spelled(setup.transformer.dtype),
+        "vae_dtype": loader.spelled(setup.vae.dtype),
         "attention_backend": setup.attention_backend,
         "compiled": setup.compiled,
         "torch": str(torch.__version__),
@@ -281,10 +493,6 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-
-
-def _spelled(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _version(distribution: str) -> str:

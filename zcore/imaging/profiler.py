@@ -15,12 +15,18 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class GenerationMetrics:
-    """What one call of `generate` took, all its pictures together. `peak_vram_mb` is 0 without a CUDA device."""
+    """What one call of `generate` took, all its pictures together.
+
+    `peak_vram_mb` is 0 without a CUDA device; `prompt_tokens` counts the prompt in its layout, `kept_tokens` what was
+    left for the transformer.
+    """
 
     encode_ms: float
     denoise_ms: float
     decode_ms: float
     peak_vram_mb: int
+    prompt_tokens: int
+    kept_tokens: int
 
 
 class PhaseClock:
@@ -41,11 +47,13 @@ class PhaseClock:
             torch.cuda.synchronize(device)
         self._spent_ms[name] += (time.perf_counter() - started_at) * 1000
 
-    def metrics(self) -> GenerationMetrics:
-        """The phases so far."""
+    def metrics(self, prompt_tokens: int, kept_tokens: int) -> GenerationMetrics:
+        """The phases so far, with what else was counted."""
         return GenerationMetrics(
             encode_ms=self._spent_ms["encode"],
             denoise_ms=self._spent_ms["denoise"],
             decode_ms=self._spent_ms["decode"],
             peak_vram_mb=sum(torch.cuda.max_memory_allocated(device) for device in self._cuda) // 2**20,
+            prompt_tokens=prompt_tokens,
+            kept_tokens=kept_tokens,
         )

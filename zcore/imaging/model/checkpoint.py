@@ -7,6 +7,7 @@ weight.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,12 @@ WEIGHTS = {
 }
 """The file of a component's weights; with `.index.json` behind it, the list of its shards."""
 
+ENCODING = ("text_encoder", "tokenizer")
+"""What an embedding follows from."""
+
+PAINTING = ("transformer", "vae", "scheduler")
+"""What a picture follows from, beside an embedding."""
+
 FINGERPRINT_BYTES = 1024 * 1024
 
 
@@ -37,8 +44,11 @@ class _ShardIndex(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def locate(model_path: str) -> Path:
-    """The folder of a checkpoint. A hub id is downloaded first, or found in the cache when `HF_HUB_OFFLINE` is set."""
+def locate(model_path: str, components: Sequence[str]) -> Path:
+    """The folder of a checkpoint. A hub id is downloaded first, or found in the cache when `HF_HUB_OFFLINE` is set.
+
+    Of other than these components only the configurations are fetched.
+    """
     folder = Path(model_path)
     if folder.is_dir():
         return folder
@@ -46,7 +56,7 @@ def locate(model_path: str) -> Path:
         raise CheckpointError(f"model_path: {model_path} is not a folder")
     import huggingface_hub
 
-    patterns = ["model_index.json", "tokenizer/*", *(f"{name}/*" for name in CLASSES)]
+    patterns = ["*.json", "tokenizer/*", *(f"{name}/*" for name in components)]
     try:
         return Path(cast(Any, huggingface_hub).snapshot_download(model_path, allow_patterns=patterns))
     except (OSError, ValueError) as error:
@@ -54,16 +64,20 @@ def locate(model_path: str) -> Path:
         raise CheckpointError(f"model_path: {model_path} is no folder, nor on the hub: {reason}") from error
 
 
-def check_layout(folder: Path) -> None:
-    """Raise `CheckpointError` for a class that this engine does not run, or a file that is not there."""
+def check_layout(folder: Path, components: Sequence[str]) -> None:
+    """Raise `CheckpointError` for a class that this engine does not run, or a file of these components not there.
+
+    A configuration of every component has to be there, wherever its weights are.
+    """
     index = read_json(folder / "model_index.json")
     for component, classes in CLASSES.items():
         _library, named = index.get(component) or (None, None)
         if named not in classes:
             raise CheckpointError(f"{folder / 'model_index.json'}: {component} is {named}; it has to be {classes[0]}")
     expected = [folder / "scheduler" / "scheduler_config.json", folder / "tokenizer" / "tokenizer.json"]
-    for component, file in WEIGHTS.items():
-        expected += [folder / component / "config.json", *_weight_files(folder / component / file)]
+    expected += [folder / component / "config.json" for component in WEIGHTS]
+    for component in components:
+        expected += _weight_files(folder / component / WEIGHTS[component])
     for path in expected:
         if not path.is_file():
             raise CheckpointError(f"{path} is not there")
@@ -73,14 +87,14 @@ def check_layout(folder: Path) -> None:
         raise CheckpointError(f"{config}: model_type has to be qwen3")
 
 
-def revision(folder: Path) -> str:
-    """Which checkpoint this is: a SHA-256 over path, size and first MiB of its files, 16 hexadecimal digits.
+def revision(folder: Path, components: Sequence[str]) -> str:
+    """Which weights these are: a SHA-256 over path, size and first MiB of the components' files, 16 hexadecimal digits.
 
     The first MiB holds a weight file's list of tensors and some of their values, so two trainings differ, and 32 GB
     need not be read.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for component in (*CLASSES, "tokenizer") for path in (folder / component).iterdir()):
+    for path in sorted(path for component in components for path in (folder / component).iterdir()):
         if path.suffix not in (".json", ".safetensors"):
             continue
         with path.open("rb") as file:

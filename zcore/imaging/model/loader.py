@@ -1,8 +1,8 @@
-"""From a checkpoint's folder to three networks on their devices. Nothing else imports diffusers and transformers.
+"""From a checkpoint's folder to networks on their devices.
 
-Takes a folder in the diffusers layout and where and how each network shall run; gives `Networks`. Every weight comes
-from the folder: a tensor that is missing, left over or of another shape is a `CheckpointError`, never a random value.
-Does not know prompts, requests or pictures.
+Takes a folder in the diffusers layout and where and how a network shall run; gives the network, and reads the files of
+no other. Every weight comes from the folder: a tensor that is missing, left over or of another shape is a
+`CheckpointError`, never a random value. Does not know prompts, requests or pictures.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from zcore.errors import CheckpointError
-from zcore.imaging.model.checkpoint import check_layout, read_json, revision
+from zcore.imaging.model.checkpoint import check_layout, read_json
 
 AttentionBackend = Literal["auto", "flash_attn_3", "flash_attn_2", "sage", "xformers", "sdpa"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -48,35 +48,37 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """The three networks of a checkpoint, ready to run. What each takes is named by whoever calls it."""
+    """The three networks of a checkpoint. What each takes is named by whoever calls it."""
 
-    folder: Path
-    revision: str
     text_encoder: nn.Module
     transformer: nn.Module
     vae: nn.Module
 
 
-def load(folder: Path, *, encoder: Placement, transformer: Placement, vae: Placement) -> Networks:
-    """All three networks with their weights. Raises `CheckpointError`."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+def load_text_encoder(folder: Path, placement: Placement) -> nn.Module:
+    """The language model, without the head that no embedding needs. Raises `CheckpointError`."""
     from transformers import Qwen3Model
 
-    check_layout(folder)
-    with _no_progress_bars():
-        return Networks(
-            folder=folder,
-            revision=revision(folder),
-            # Mismatches are reported below; unasked, transformers would raise without naming one.
-            text_encoder=_load(Qwen3Model, folder / "text_encoder", encoder, ignore_mismatched_sizes=True),
-            transformer=_load(ZImageTransformer2DModel, folder / "transformer", transformer),
-            vae=_load(AutoencoderKL, folder / "vae", vae),
-        )
+    # Mismatches are reported below; unasked, transformers would raise without naming one.
+    return _load(Qwen3Model, folder, "text_encoder", placement, ignore_mismatched_sizes=True)
+
+
+def load_transformer(folder: Path, placement: Placement) -> nn.Module:
+    """The diffusion transformer. Raises `CheckpointError`."""
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+
+    return _load(ZImageTransformer2DModel, folder, "transformer", placement)
+
+
+def load_vae(folder: Path, placement: Placement) -> nn.Module:
+    """The autoencoder between pixels and latents. Raises `CheckpointError`."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return _load(AutoencoderKL, folder, "vae", placement)
 
 
 def build_meta(folder: Path) -> Networks:
-    """The same networks by their configurations alone, on the meta device: names and shapes without weights."""
+    """All networks by their configurations alone, on the meta device: names and shapes without weights."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
@@ -86,8 +88,6 @@ def build_meta(folder: Path) -> Networks:
 
     with torch.device("meta"):
         return Networks(
-            folder=folder,
-            revision=revision(folder),
             text_encoder=Qwen3Model(Qwen3Config(**read_json(folder / "text_encoder" / "config.json"))),
             transformer=from_config(ZImageTransformer2DModel, "transformer"),
             vae=from_config(AutoencoderKL, "vae"),
@@ -119,6 +119,11 @@ def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     if found not in DTYPES.values():
         raise CheckpointError(f"torch_dtype: {dtype} is not one of {', '.join(DTYPES)}")
     return cast(torch.dtype, found)
+
+
+def spelled(dtype: torch.dtype) -> str:
+    """A type's name as settings spell it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def transformer_placement(device: torch.device, dtype: torch.dtype) -> Placement:
@@ -184,19 +189,22 @@ def _kernel_fault(name: str, placement: Placement) -> str | None:
     return None
 
 
-def _load(network: Any, folder: Path, placement: Placement, **options: bool) -> nn.Module:
+def _load(network: Any, model: Path, component: str, placement: Placement, **options: bool) -> nn.Module:
     """One network, complete. Raises `CheckpointError` naming what its files lack."""
-    try:
-        loaded, report = network.from_pretrained(
-            str(folder),
-            dtype=placement.dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    check_layout(model, [component])
+    folder = model / component
+    with _no_progress_bars():
+        try:
+            loaded, report = network.from_pretrained(
+                str(folder),
+                dtype=placement.dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         # The head of a language model is not needed.
         names = sorted(str(name) for name in report[fault] if not str(name).startswith("lm_head."))

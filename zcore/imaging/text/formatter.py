@@ -45,6 +45,12 @@ class FormattedPrompt:
 
     pieces: tuple[Control | Text, ...]
 
+    @property
+    def tail(self) -> tuple[Control | Text, ...]:
+        """The layout's end: all that stands behind the user's own words."""
+        assistant = max(i for i, piece in enumerate(self.pieces) if piece == Control(MESSAGE_START))
+        return self.pieces[assistant - 2 :]
+
     def __str__(self) -> str:
         """The layout as one string, to look at. Never tokenise it: typed marks would become real ones."""
         return "".join(piece.token if isinstance(piece, Control) else piece.text for piece in self.pieces)

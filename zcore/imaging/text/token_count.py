@@ -8,6 +8,7 @@ whose list of added tokens is empty, which therefore recognises no mark at all, 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ from tokenizers import Tokenizer
 
 from zcore.errors import CheckpointError, FieldError, PromptTooLong
 from zcore.imaging.geometry import PlacementLimits
-from zcore.imaging.text.formatter import CONTROLS, Control, FormattedPrompt
+from zcore.imaging.text.formatter import CONTROLS, Control, FormattedPrompt, Text
+from zcore.request import LongPromptMode
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
     content: str
     id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A prompt's ids; the last `tail` of them are the layout's end, which is never cut off."""
+
+    ids: list[int]
+    tail: int
 
 
 class TokenCounter:
@@ -53,30 +63,45 @@ class TokenCounter:
             raise CheckpointError(f"{path}: its vocabulary spells marks of the layout, so typed ones would become real")
         return cls(controls, text, PlacementLimits.of_checkpoint(model_folder).caption_tokens)
 
-    def token_ids(self, prompt: FormattedPrompt) -> list[int]:
-        """The prompt as the text encoder reads it. Raises `PromptTooLong` with count and limit."""
+    def tokens(self, prompt: FormattedPrompt, mode: LongPromptMode = "refuse") -> Tokens:
+        """The prompt's ids, as the text encoder is given them.
+
+        More than the limit only where `mode` condenses their embedding later. Raises `PromptTooLong` with count and
+        limit for `refuse`, and where no room is left for the prompt at all.
+        """
+        tail = sum(len(self._ids_of(piece)) for piece in prompt.tail)
         ids = self._ids(prompt)
-        if len(ids) > self.limit:
+        if len(ids) <= self.limit:
+            return Tokens(ids, tail)
+        if mode == "refuse":
             detail = f"is {len(ids)} tokens with its template and layout; the model places at most {self.limit}"
             raise PromptTooLong([FieldError("/prompt", detail)])
-        return ids
+        room = room_before_tail(tail, self.limit)
+        return Tokens(ids[:room] + ids[len(ids) - tail :] if mode == "truncate" else ids, tail)
 
     def check(self, prompt: FormattedPrompt) -> int:
         """The number of tokens, the layout's own included. Raises `PromptTooLong` with count and limit."""
-        return len(self.token_ids(prompt))
+        return len(self.tokens(prompt).ids)
 
     def count(self, prompt: FormattedPrompt) -> int:
         """The number of tokens, however many."""
         return len(self._ids(prompt))
 
     def _ids(self, prompt: FormattedPrompt) -> list[int]:
-        ids: list[int] = []
-        for piece in prompt.pieces:
-            if isinstance(piece, Control):
-                ids.append(self._controls[piece.token])
-            else:
-                ids += self._text.encode(piece.text, add_special_tokens=False).ids
-        return ids
+        return [token for piece in prompt.pieces for token in self._ids_of(piece)]
+
+    def _ids_of(self, piece: Control | Text) -> list[int]:
+        if isinstance(piece, Control):
+            return [self._controls[piece.token]]
+        return self._text.encode(piece.text, add_special_tokens=False).ids
+
+
+def room_before_tail(tail: int, limit: int) -> int:
+    """How many tokens may stand before the layout's tail. Raises `PromptTooLong` where the tail leaves no room."""
+    if tail >= limit:
+        detail = f"the layout behind the prompt is {tail} tokens; the model places at most {limit} in all"
+        raise PromptTooLong([FieldError("/prompt", detail)])
+    return limit - tail
 
 
 def _text_tokenizer(path: Path, document: Mapping[str, msgspec.Raw]) -> Tokenizer:
