@@ -22,7 +22,9 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-    order = [name for name in STAGES if name not in ("render", "adopt")] if arguments.stage == "all" else [arguments.stage]
+    order = (
+        [name for name in STAGES if name not in ("render", "adopt")] if arguments.stage == "all" else [arguments.stage]
+    )
     for name in order:
         print(f"stage {name}", flush=True)
         STAGES[name](arguments)

@@ -30,7 +30,9 @@ def adopt(place: Workplace, folder: Path, logs: Path) -> None:
         progress = {name: float(last[name]) for name in ("seconds", "level", "samples") if name in last}
         weights = getattr(pipeline, stage).state_dict()
         numbers = {name: value if name == "seconds" else int(value) for name, value in progress.items()}
-        place.save(f"{stage}.pt", dict.fromkeys(keys, weights) | numbers | {"step": int(last["step"]), "optimizers": None})
+        place.save(
+            f"{stage}.pt", dict.fromkeys(keys, weights) | numbers | {"step": int(last["step"]), "optimizers": None}
+        )
     place.path("tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         place.path(f"tokenizer/{name}").write_bytes((folder / "tokenizer" / name).read_bytes())

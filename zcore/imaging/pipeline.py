@@ -22,6 +22,7 @@ from torch import Tensor
 from zcore.errors import InvalidRequest, OutOfMemory
 from zcore.imaging import geometry
 from zcore.imaging.model import loader
+from zcore.imaging.model.attention import choose_attention, load_attention
 from zcore.imaging.model.checkpoint import locate, read_json
 from zcore.imaging.model.transformer import VelocityModel
 from zcore.imaging.model.vae import PictureDecoder
@@ -77,7 +78,13 @@ class ZImagePipeline:
         self._shift = setup.shift or float(read_json(networks.folder / "scheduler" / "scheduler_config.json")["shift"])
         self._encoder = TextEncoder(networks.text_encoder, setup.encoder.device, setup.hidden_layer)
         self._cache = EmbeddingCache(setup.embedding_cache_bytes)
-        self._model = VelocityModel(networks.transformer, setup.transformer.device, setup.transformer.dtype)
+        self._model = VelocityModel(
+            networks.transformer,
+            setup.transformer.device,
+            setup.transformer.dtype,
+            load_attention(setup.attention_backend),
+            setup.compile_mode,
+        )
         self._decoder = PictureDecoder(networks.vae, setup.vae.device, setup.vae.dtype)
         self._description = _described(setup, networks.revision)
 
@@ -116,15 +123,12 @@ class ZImagePipeline:
             vae=loader.vae_placement(folder, loader.device_of(vae_device), dtype),
             hidden_layer=hidden_layer,
             shift=shift,
-            attention_backend=loader.choose_attention(attention_backend, transformer),
-            compiled=compile_mode if compile else "no",
+            attention_backend=choose_attention(attention_backend, transformer),
+            compile_mode=compile_mode if compile else None,
             embedding_cache_bytes=embedding_cache_bytes,
         )
         templates = TemplateLibrary.load(Path(templates_dir)) if templates_dir is not None else TemplateLibrary.empty()
         networks = loader.load(folder, encoder=setup.encoder, transformer=setup.transformer, vae=setup.vae)
-        loader.use_attention(networks.transformer, setup.attention_backend)
-        if compile:
-            loader.compile_blocks(networks.transformer, compile_mode)
         return cls(networks, setup, templates)
 
     def generate(self, request: GenerationRequest, on_step: OnStep | None = None) -> GenerationResult:
@@ -197,13 +201,15 @@ class ZImagePipeline:
             prompt_embeds = self._embed(format_request(request, self._templates))  # (L, hidden)
         size = geometry.latent_size(request.width, request.height)
         levels = sigmas(request.steps, request.shift)
+        with clock.phase("denoise"):
+            plan = self._model.plan(prompt_embeds, size, levels)
         images: list[GeneratedImage] = []
         for index in range(request.n):
             done = index * request.steps
             with clock.phase("denoise"):
                 noise = start_latents(generator_of(index), self._model.channels, size)  # (16, h, w)
                 latents = denoise(
-                    partial(self._model.velocity, prompt_embeds=prompt_embeds),
+                    partial(self._model.velocity, plan),
                     noise.to(self._setup.transformer.device),
                     levels,
                     partial(_tell, on_step, done, forwards),
@@ -237,7 +243,7 @@ class _Setup:
     hidden_layer: int
     shift: float | None
     attention_backend: str
-    compiled: str
+    compile_mode: str | None
     embedding_cache_bytes: int
 
     @property
@@ -269,7 +275,7 @@ def _described(setup: _Setup, revision: str) -> dict[str, str]:
         "vae_dtype": _spelled(setup.vae.dtype),
         "hidden_layer": str(setup.hidden_layer),
         "attention_backend": setup.attention_backend,
-        "compiled": setup.compiled,
+        "compiled": setup.compile_mode or "no",
         "torch": str(torch.__version__),
         "diffusers": _version("diffusers"),
         "transformers": _version("transformers"),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from zcore.imaging.geometry import LatentSize
 
-Velocity = Callable[[Tensor, float], Tensor]
-"""(latents, sigma) -> d latents / d sigma, of the latents' shape, float32."""
+Velocity = Callable[[Tensor, int], Tensor]
+"""(latents, step) -> d latents / d sigma at the step's noise level, of the latents' shape, float32."""
 
 
 def start_latents(generator: torch.Generator, channels: int, size: LatentSize) -> Tensor:
@@ -23,11 +23,11 @@ def start_latents(generator: torch.Generator, channels: int, size: LatentSize) -
 
 
 def denoise(velocity: Velocity, latents: Tensor, sigmas: list[float], before_step: Callable[[int], None]) -> Tensor:
-    """Euler's method for d x / d sigma = v(x, sigma), in float32, along `sigmas` from first to last.
+    """Euler's method for d x / d sigma = v(x, step), in float32, along `sigmas` from first to last.
 
     `before_step` is told the number of steps done, before each; what it raises ends the walk.
     """
     for done, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         before_step(done)
-        latents = latents + (next_sigma - sigma) * velocity(latents, sigma)
+        latents = latents + (next_sigma - sigma) * velocity(latents, done)
     return latents
