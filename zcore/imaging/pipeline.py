@@ -24,6 +24,7 @@ from zcore.errors import InvalidRequest, OutOfMemory
 from zcore.imaging import geometry
 from zcore.imaging.input_picture import fitted, mask_fitted
 from zcore.imaging.model import loader
+from zcore.imaging.model.attention import choose_attention, load_attention
 from zcore.imaging.model.checkpoint import PAINTING, encoder_family, locate, read_json, revision
 from zcore.imaging.model.transformer import VelocityModel
 from zcore.imaging.model.vae import PictureCoder
@@ -87,11 +88,13 @@ class ZImagePipeline:
         self._encoder = encoder
         self._family = encoder_family(folder)
         self._limits = geometry.PlacementLimits.of_checkpoint(folder)
-        transformer = loader.load_transformer(folder, setup.transformer)
-        loader.use_attention(transformer, setup.attention_backend)
-        if setup.compiled != "no":
-            loader.compile_blocks(transformer, setup.compiled)
-        self._model = VelocityModel(transformer, setup.transformer.device, setup.transformer.dtype)
+        self._model = VelocityModel(
+            loader.load_transformer(folder, setup.transformer),
+            setup.transformer.device,
+            setup.transformer.dtype,
+            load_attention(setup.attention_backend),
+            setup.compile_mode,
+        )
         self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype)
         self._description = {**_described(setup, revision(folder, PAINTING)), **(encoder.describe() if encoder else {})}
 
@@ -169,8 +172,8 @@ class ZImagePipeline:
             transformer=transformer,
             vae=loader.vae_placement(folder, loader.device_of(vae_device), dtype),
             defaults=GenerationDefaults(shift=configured if shift is None else shift, hidden_layer=hidden_layer),
-            attention_backend=loader.choose_attention(attention_backend, transformer),
-            compiled=compile_mode if compile else "no",
+            attention_backend=choose_attention(attention_backend, transformer),
+            compile_mode=compile_mode if compile else None,
         )
         return cls(folder, setup, encoder)
 
@@ -403,7 +406,7 @@ class _Setup:
     vae: loader.Placement
     defaults: GenerationDefaults
     attention_backend: str
-    compiled: str
+    compile_mode: str | None
 
 
 @dataclass(slots=True)
@@ -481,7 +484,7 @@ def _described(setup: _Setup, model_revision: str) -> dict[str, str]:
         "transformer_dtype": loader.spelled(setup.transformer.dtype),
         "vae_dtype": loader.spelled(setup.vae.dtype),
         "attention_backend": setup.attention_backend,
-        "compiled": setup.compiled,
+        "compiled": setup.compile_mode or "no",
         "torch": str(torch.__version__),
         "diffusers": _version("diffusers"),
         "transformers": _version("transformers"),

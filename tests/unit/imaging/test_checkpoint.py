@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zcore.errors import CheckpointError
+from zcore.imaging.model.attention import choose_attention
 from zcore.imaging.model.checkpoint import check_layout, locate, revision
 from zcore.imaging.model.loader import (
     Placement,
-    choose_attention,
     device_of,
     dtype_of,
     transformer_placement,

@@ -5,12 +5,11 @@ no other. Every weight comes from the folder: a tensor that is missing, left ove
 `CheckpointError`, never a random value. Does not know prompts, requests or pictures.
 """
 
-import importlib.util
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,24 +17,7 @@ from torch import nn
 from zcore.errors import CheckpointError
 from zcore.imaging.model.checkpoint import check_layout, read_json
 
-AttentionBackend = Literal["auto", "flash_attn_3", "flash_attn_2", "sage", "xformers", "sdpa"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class _Kernel:
-    """How diffusers calls an attention backend, and the package it comes from."""
-
-    diffusers_name: str
-    package: str
-
-
-KERNELS = {
-    "flash_attn_3": _Kernel("_flash_3", "flash_attn_interface"),
-    "flash_attn_2": _Kernel("flash", "flash_attn"),
-    "sage": _Kernel("sage", "sageattention"),
-    "xformers": _Kernel("xformers", "xformers"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,56 +119,6 @@ def vae_placement(folder: Path, device: torch.device, dtype: torch.dtype) -> Pla
     """Float32 where the checkpoint says so (`force_upcast`, as the published one does) and on a CPU, else as asked."""
     upcast = bool(read_json(folder / "vae" / "config.json").get("force_upcast", True))
     return Placement(device, torch.float32 if upcast or device.type == "cpu" else dtype)
-
-
-def choose_attention(wanted: str, placement: Placement) -> str:
-    """The attention backend to use; `auto` is the fastest exact one that is installed and fits.
-
-    Raises `CheckpointError` for one that cannot be had. `sage` computes in eight bits, so `auto` never chooses it.
-    """
-    if wanted not in get_args(AttentionBackend):
-        raise CheckpointError(f"attention_backend: {wanted} is not one of {', '.join(get_args(AttentionBackend))}")
-    if wanted == "auto":
-        candidates = ("flash_attn_3", "flash_attn_2")
-        return next((name for name in candidates if _kernel_fault(name, placement) is None), "sdpa")
-    if wanted != "sdpa" and (fault := _kernel_fault(wanted, placement)):
-        raise CheckpointError(f"attention_backend: {wanted} {fault}")
-    return wanted
-
-
-def use_attention(transformer: nn.Module, backend: str) -> None:
-    """Switch the transformer to a backend that `choose_attention` gave. `sdpa` is what it starts with."""
-    if backend == "sdpa":
-        return
-    try:
-        cast(Any, transformer).set_attention_backend(KERNELS[backend].diffusers_name)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"attention_backend: {backend}: {error}") from error
-
-
-def compile_blocks(transformer: nn.Module, mode: str) -> None:
-    """Compile the repeated blocks, one graph a kind of block, which serves every size and prompt length.
-
-    Compiling the whole module instead would break the graph three times and begin anew for every shape.
-    """
-    cast(Any, transformer).compile_repeated_blocks(fullgraph=True, mode=mode)
-
-
-def _kernel_fault(name: str, placement: Placement) -> str | None:
-    """Why this kernel cannot run here, or None."""
-    kernel = KERNELS[name]
-    if importlib.util.find_spec(kernel.package) is None:
-        return f"needs the package {kernel.package}, which is not installed"
-    if placement.device.type != "cuda":
-        return f"needs a CUDA device; the transformer is on {placement.device}"
-    if placement.dtype == torch.float32 and name != "xformers":
-        return "computes in bfloat16; the transformer is in float32"
-    generation = torch.cuda.get_device_capability(placement.device)
-    if name == "flash_attn_3" and generation[0] != 9:
-        return "needs a Hopper GPU (compute capability 9.0)"
-    if generation < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
-    return None
 
 
 def _load(network: Any, model: Path, component: str, placement: Placement, **options: bool) -> nn.Module:

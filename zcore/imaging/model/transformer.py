@@ -1,58 +1,224 @@
-"""The diffusion transformer as a function: latents, noise level and prompt in, velocity out.
+"""The diffusion transformer as a function: latents and a step in, velocity out.
 
-Takes the module that the loader gave; hides its conventions: lists for batches, a frame axis, the model's own clock,
-its sign and its arithmetic. Does not know the schedule.
+Takes the module that the loader gave; makes a plan of everything that stays the same while a picture is painted, and
+runs one forward a step by it. Hides the network's conventions: patches, padding, masks, its own clock, sign and
+arithmetic. Keeps nothing between calls. Does not know the schedule's formula and the sampler.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from functools import partial
+from itertools import zip_longest
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from zcore.imaging.geometry import LatentSize
+from zcore.imaging.geometry import PATCH_LATENTS, LatentSize, padded
+from zcore.imaging.model.attention import Attend, sdpa
+from zcore.imaging.model.forward import Conditions, Modulation, Transformer, forward, modulate, refine_caption
+from zcore.imaging.model.rope import Rotary, caption_places, frequencies, picture_places, rotary
 
 
-class _ZImageTransformer(Protocol):
-    """The call of diffusers' `ZImageTransformer2DModel` (Apache-2.0), as far as it is used."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A picture to be painted: embeddings of its prompt (L, hidden), its size, and noise levels from first to 0."""
 
-    config: Any
-
-    def __call__(
-        self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor], *, return_dict: Literal[False]
-    ) -> tuple[list[Tensor]]: ...
+    prompt_embeds: Tensor
+    size: LatentSize
+    sigmas: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One prompt's way through one schedule."""
+    """What stays the same while a sample is painted. Every tensor is a batch of one."""
 
-    prompt_embeds: Tensor
-    levels: list[float]
+    size: LatentSize
+    caption: Tensor  # (1, P, D), refined
+    is_padding: Tensor  # (1, N, 1), boolean
+    rotary: Sequence[Rotary]  # (1, N + P, head_dim): one for all steps, or one a step
+    modulations: Sequence[Modulation]  # one a step
+
+    @property
+    def picture_length(self) -> int:
+        """N, the picture's tokens with their padding."""
+        return self.is_padding.shape[1]
+
+    @property
+    def caption_length(self) -> int:
+        """P, the caption's tokens with their padding."""
+        return self.caption.shape[1]
+
+    def rotary_at(self, step: int) -> Rotary:
+        """The table that turns queries and keys in this step."""
+        return self.rotary[step if len(self.rotary) > 1 else 0]
 
 
 class VelocityModel:
-    """Where latents at a noise level want to go, for one prompt at a time."""
+    """Where latents at a noise level want to go."""
 
-    def __init__(self, transformer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self._transformer = cast(_ZImageTransformer, transformer)
+    def __init__(
+        self,
+        transformer: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        attend: Attend = sdpa,
+        compile_mode: str | None = None,
+    ) -> None:
+        """With a `compile_mode` of torch's the forward is one graph without a break, which serves every size, prompt
+        length and number of steps. Batches, and batches with masks, are compiled when they first come.
+        """
+        self._weights = cast(Transformer, transformer)
         self._device = device
         self._dtype = dtype
-        self.channels = int(self._transformer.config.in_channels)
+        self._attend = attend
+        run = forward if compile_mode is None else _compiled(compile_mode)
+        self._forward = partial(run, self._weights, attend=attend)
+        self._frequencies = frequencies(self._weights.config.rope_theta, self._weights.config.axes_dims)
+        self.channels = int(self._weights.config.in_channels)
         """Channels of a latent: 16."""
-        self.prompt_width = int(self._transformer.config.cap_feat_dim)
+        self.prompt_width = int(self._weights.config.cap_feat_dim)
         """Numbers a token of an embedding: 2560."""
 
-    def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: list[float]) -> Plan:
-        """What every step of a generation shares."""
-        return Plan(prompt_embeds, sigmas)
+    def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: Sequence[float]) -> Plan:
+        """Everything about a picture that is known before its first step; `prompt_embeds` is (L, hidden).
+
+        The last of `sigmas` is where the picture ends, and has no step.
+        """
+        (plan,) = self.plans([Sample(prompt_embeds, size, sigmas)])
+        return plan
+
+    def plans(self, samples: Sequence[Sample]) -> list[Plan]:
+        """The plans of samples that will be painted together, computed together.
+
+        Each is a plan of its own, and equals the one that `plan` gives up to the last bits of float32.
+        """
+        captions = self._refined_captions([sample.prompt_embeds for sample in samples])
+        steps = zip_longest(*([1.0 - sigma for sigma in sample.sigmas[:-1]] for sample in samples), fillvalue=0.0)
+        times = torch.tensor(list(steps), dtype=torch.float32).to(self._device)  # (steps, B)
+        modulations = [modulate(self._weights, t, self._dtype) for t in times]
+        return [
+            Plan(
+                size=sample.size,
+                caption=caption,
+                is_padding=self._is_padding(sample.size),
+                rotary=(self._rotary(sample.size, caption.shape[1]),),
+                modulations=[
+                    Modulation(modulation.blocks[:, :, row : row + 1], modulation.final[row : row + 1])
+                    for modulation in modulations[: len(sample.sigmas) - 1]
+                ],
+            )
+            for row, (sample, caption) in enumerate(zip(samples, captions, strict=True))
+        ]
 
     def velocity(self, plan: Plan, latents: Tensor, step: int) -> Tensor:
-        """d latents / d sigma, float32, of the latents' shape (16, h, w).
+        """d latents / d sigma at a step of the plan, of the latents' shape: float32 (16, h, w)."""
+        (velocity,) = self.velocities([plan], [latents], [step])
+        return velocity
 
-        The model counts time upwards, t = 1 - sigma, and puts out picture minus noise, the negated velocity.
-        """
-        t = torch.full((1,), 1.0 - plan.levels[step], dtype=torch.float32, device=self._device)
-        frame = latents.to(self._dtype).unsqueeze(1)  # (16, 1, h, w)
-        (pictures,) = self._transformer([frame], t, [plan.prompt_embeds], return_dict=False)
-        return -pictures[0].squeeze(1).float()
+    def velocities(self, plans: Sequence[Plan], latents: Sequence[Tensor], steps: Sequence[int]) -> list[Tensor]:
+        """The velocities of several samples in one forward: of any sizes and prompts, each at its own step."""
+        length = max(plan.picture_length for plan in plans)
+        channels = self.channels * PATCH_LATENTS**2
+        tokens = torch.zeros(len(plans), length, channels, dtype=self._dtype, device=self._device)
+        for row, plan, sample in zip(tokens, plans, latents, strict=True):
+            _patches(row, plan.size).copy_(sample.view(_patches(row, plan.size).shape))
+        moved = self._forward(tokens, _conditions(plans, steps))
+        return [
+            _patches(row, plan.size).reshape(self.channels, plan.size.height, plan.size.width)
+            for row, plan in zip(moved, plans, strict=True)
+        ]
+
+    def _refined_captions(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """Each (1, P, D)."""
+        lengths = [padded(len(prompt)) for prompt in prompts]
+        longest = max(lengths)
+        position = torch.arange(longest, device=self._device)
+        table = rotary(caption_places(longest), self._frequencies, self._device)
+        captions = refine_caption(
+            self._weights,
+            torch.stack([functional.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts]),
+            torch.stack([position >= len(prompt) for prompt in prompts]).unsqueeze(-1),
+            table,
+            _mask(lengths, self._device),
+            self._attend,
+        )
+        return [caption[None, :length] for caption, length in zip(captions, lengths, strict=True)]
+
+    def _is_padding(self, size: LatentSize) -> Tensor:
+        count = _tokens(size)
+        return (torch.arange(padded(count), device=self._device) >= count)[None, :, None]
+
+    def _rotary(self, size: LatentSize, caption_length: int) -> Rotary:
+        rows, columns = size.height // PATCH_LATENTS, size.width // PATCH_LATENTS
+        picture = picture_places(caption_length + 1, rows, columns, padded(rows * columns))
+        places = torch.cat((picture, caption_places(caption_length)))
+        table = rotary(places, self._frequencies, self._device)
+        return Rotary(table.cos[None], table.sin[None])
+
+
+def _compiled(mode: str) -> Callable[..., Tensor]:
+    return cast(Any, torch).compile(forward, fullgraph=True, dynamic=True, mode=mode)
+
+
+def _conditions(plans: Sequence[Plan], steps: Sequence[int]) -> Conditions:
+    """What a forward is told of these plans, each at its step. One plan alone is not copied."""
+    pictures = [plan.picture_length for plan in plans]
+    lengths = [plan.picture_length + plan.caption_length for plan in plans]
+    tables = [plan.rotary_at(step) for plan, step in zip(plans, steps, strict=True)]
+    modulations = [plan.modulations[step] for plan, step in zip(plans, steps, strict=True)]
+    device = plans[0].caption.device
+    return Conditions(
+        caption=_joined([plan.caption for plan in plans]),
+        rotary=Rotary(_joined([table.cos for table in tables]), _joined([table.sin for table in tables])),
+        is_padding=_joined([plan.is_padding for plan in plans]),
+        modulation=Modulation(
+            _joined([modulation.blocks for modulation in modulations], dim=2),
+            _joined([modulation.final for modulation in modulations]),
+        ),
+        picture_mask=_mask(pictures, device),
+        mask=_mask(lengths, device),
+        order=_order(plans, device),
+    )
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """A batch of batches of one; those of fewer tokens (..., L, channels) are filled with zeros."""
+    if len(tensors) == 1:
+        return tensors[0]
+    longest = max(tensor.shape[-2] for tensor in tensors)
+    return torch.cat([functional.pad(tensor, (0, 0, 0, longest - tensor.shape[-2])) for tensor in tensors], dim)
+
+
+def _mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """Which tokens there are, (B, longest), or None where there are all."""
+    if min(lengths) == max(lengths):
+        return None
+    position = torch.arange(max(lengths), device=device)
+    return torch.stack([position < length for length in lengths])
+
+
+def _order(plans: Sequence[Plan], device: torch.device) -> Tensor | None:
+    """Where among all pictures (B, N) and captions (B, P) behind them a sample's own tokens are, without a gap between:
+    (B, S, 1). None where the pictures are of one length, and there is no gap.
+    """
+    pictures = [plan.picture_length for plan in plans]
+    longest = max(pictures)
+    if min(pictures) == longest:
+        return None
+    position = torch.arange(max(plan.picture_length + plan.caption_length for plan in plans), device=device)
+    last = longest + max(plan.caption_length for plan in plans) - 1
+    found = [torch.where(position < length, position, position + (longest - length)) for length in pictures]
+    return torch.stack(found).clamp(max=last).unsqueeze(-1)
+
+
+def _patches(tokens: Tensor, size: LatentSize) -> Tensor:
+    """The tokens of one picture (N, 64) seen as its latents: (16, h / 2, 2, w / 2, 2). Padding is not seen."""
+    rows, columns = size.height // PATCH_LATENTS, size.width // PATCH_LATENTS
+    patches = tokens[: rows * columns].view(rows, columns, PATCH_LATENTS, PATCH_LATENTS, -1)
+    return patches.permute(4, 0, 2, 1, 3)
+
+
+def _tokens(size: LatentSize) -> int:
+    return (size.height // PATCH_LATENTS) * (size.width // PATCH_LATENTS)

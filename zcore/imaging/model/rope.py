@@ -1,0 +1,70 @@
+"""Rotary positions: where a token stands, and by which angles its queries and keys are turned.
+
+Takes places and frequencies; gives tables of cosines and sines, real numbers all the way. Knows nothing of networks:
+other frequencies or amplitudes give other tables, for a whole picture or for one step of it.
+
+A token's place is (frame, row, column), and each axis has a share of a head's channels. Caption token k stands at
+(1 + k, 0, 0), through its padding; the picture's tokens stand one frame behind the padded caption; the padding of the
+picture stands at the origin. RoPE is Su et al. 2021 (arXiv:2104.09864), on neighbouring pairs of channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Cosines and signed sines of a row of tokens, float32 (..., S, head_dim): one angle a pair of channels."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def frequencies(theta: float, dims: Sequence[int]) -> list[Tensor]:
+    """Radians a place, float64 (dim / 2,) for each axis: theta ** (-2 k / dim)."""
+    return [1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)) for dim in dims]
+
+
+def caption_places(length: int) -> Tensor:
+    """Places of a caption of this padded length, (length, 3), on the CPU."""
+    return functional.pad(torch.arange(1, 1 + length)[:, None], (0, 2))
+
+
+def picture_places(frame: int, rows: int, columns: int, length: int) -> Tensor:
+    """Places of a picture's tokens, row by row, and of its padding up to `length`: (length, 3), on the CPU."""
+    grid = torch.cartesian_prod(torch.tensor([frame]), torch.arange(rows), torch.arange(columns))
+    return functional.pad(grid, (0, 0, 0, length - len(grid)))
+
+
+def rotary(places: Tensor, axis_frequencies: Sequence[Tensor], device: torch.device) -> Rotary:
+    """The tables of tokens at `places` (S, axes), on `device`.
+
+    Angles are float64 products rounded to float32, as in diffusers, and so small that a CPU makes them: one row for
+    each place on an axis, which the tokens then look up.
+    """
+    where = places.to(device)
+    cos: list[Tensor] = []
+    sin: list[Tensor] = []
+    for axis, per_place in enumerate(axis_frequencies):
+        count = int(places[:, axis].max()) + 1
+        angles = torch.outer(torch.arange(count, dtype=torch.float64), per_place).float()
+        # torch.cos differs from this one in last bits, and diffusers takes this one.
+        circle = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
+        seen = circle[where[:, axis]]  # (S, dim / 2, 2)
+        cos.append(seen[..., 0])
+        sin.append(seen[..., 1])
+    one, other = torch.cat(cos, -1), torch.cat(sin, -1)
+    return Rotary(torch.stack((one, one), -1).flatten(-2), torch.stack((-other, other), -1).flatten(-2))
+
+
+def turn(x: Tensor, table: Rotary) -> Tensor:
+    """Queries or keys (B, S, heads, head_dim), each pair of channels turned; computed in float32. The table has a batch
+    axis or is one for all.
+    """
+    turned = x.float()
+    swapped = turned.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape)
+    return (turned * table.cos.unsqueeze(-2) + swapped * table.sin.unsqueeze(-2)).type_as(x)
