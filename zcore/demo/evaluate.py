@@ -7,8 +7,6 @@ folder, knows nothing of training.
 
 import csv
 import random
-import resource
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from PIL import Image, ImageDraw
 
 from zcore.demo.captions import caption
 from zcore.demo.check import Verdict, judge, style_of
+from zcore.demo.footprint import footprint
 from zcore.demo.lora import merge
 from zcore.demo.render import Pixels, render
 from zcore.demo.vocabulary import Kind, Picture, draw_picture
@@ -65,8 +64,9 @@ TRIALS: Final = (
     Trial("128x128"),
     Trial("bfloat16", dtype=torch.bfloat16, share=0.25),
     Trial("30 steps", steps=30, share=0.25),
-    Trial("96x160", 96, 160, share=0.25),
-    Trial("256x256", 256, 256, share=0.25),
+    Trial("96x160", 96, 160),
+    Trial("160x96", 160, 96, share=0.25),
+    Trial("256x256", 256, 256),
 )
 
 
@@ -75,20 +75,21 @@ def evaluate(folder: Path, grid: Path | None = None, count: int = 400, held_out:
     asks = draw_asks(count, held_out)
     figures: dict[str, dict[str, str]] = {"checker on true renders": true_renders(asks)}
     for trial in TRIALS:
-        started = time.time()
         pipeline = load(folder, trial.dtype)
-        loaded_s = time.time() - started
         chosen = asks[: round(count * trial.share)]
         painted = paint_all(pipeline, chosen, trial)
         figures[trial.name] = _shares([judge(a.picture, p) for a, p in zip(chosen, painted, strict=True)], chosen)
-        figures[trial.name] |= {
-            "seconds to load": f"{loaded_s:.2f}",
-            "seconds a picture": f"{_seconds(pipeline, trial):.2f}",
-        }
         if grid and trial is TRIALS[0]:
             draw_grid(pipeline, grid)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return f"{_table(figures)}\n\nPeak memory of the process: {peak:.0f} MiB; threads: {torch.get_num_threads()}."
+    rows = [
+        "| size | seconds to load | seconds a picture | MiB before loading | MiB at the peak |",
+        "|---|---|---|---|---|",
+    ]
+    for side in (128, 256):
+        cost = footprint(folder, side, side)
+        numbers = f"{cost['load_s']:.2f} | {cost['picture_s']:.2f} | {cost['before_mib']:.0f} | {cost['peak_mib']:.0f}"
+        rows.append(f"| {side}x{side} | {numbers} |")
+    return "\n\n".join((_table(figures), "\n".join(rows)))
 
 
 def draw_asks(count: int, held_out: bool = True, seed: int = 2024) -> list[Ask]:
@@ -256,15 +257,6 @@ def _shares(verdicts: Sequence[Verdict], asks: Sequence[Ask]) -> dict[str, str]:
                 right[measure].append(said)
         right[f"all right, {ask.picture.kind}"].append(verdict.all_right)
     return {name: f"{100 * sum(said) / len(said):.1f} % ({sum(said)}/{len(said)})" for name, said in right.items()}
-
-
-def _seconds(pipeline: Any, trial: Trial, runs: int = 5) -> float:
-    took: list[float] = []
-    for run in range(runs):
-        started = time.perf_counter()
-        paint_all(pipeline, [Ask(Picture("center"), "a red circle", run)], trial)
-        took.append(time.perf_counter() - started)
-    return sorted(took)[runs // 2]
 
 
 def _table(figures: dict[str, dict[str, str]]) -> str:

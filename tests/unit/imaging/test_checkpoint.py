@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zcore.errors import CheckpointError
+from zcore.errors import CheckpointError, InvalidRequest
 from zcore.imaging.model.attention import choose_attention
-from zcore.imaging.model.checkpoint import check_layout, locate, revision
+from zcore.imaging.model.checkpoint import ENCODING, PAINTING, check_layout, locate, revision
 from zcore.imaging.model.loader import (
     Placement,
     device_of,
@@ -22,6 +22,7 @@ from zcore.imaging.model.loader import (
     vae_placement,
 )
 from zcore.imaging.pipeline import ZImagePipeline
+from zcore.imaging.prompt_encoder import PromptEncoder
 
 CPU = torch.device("cpu")
 
@@ -48,7 +49,7 @@ def test_a_hub_id_that_is_not_cached_fails_offline_in_one_line() -> None:
 
 
 def test_a_folder_is_taken_as_it_is(checkpoint: Path) -> None:
-    assert locate(str(checkpoint)) == checkpoint
+    assert locate(str(checkpoint), PAINTING) == checkpoint
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_file_that_is_not_there_is_named(checkpoint: Path, file: str) -> None:
 
 def test_the_real_layout_without_its_weights_is_missing_its_first_shard(layout_dir: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model-00001-of-00003\.safetensors is not there"):
-        check_layout(layout_dir)
+        check_layout(layout_dir, ["text_encoder"])
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "transformer", "vae", "scheduler"])
@@ -121,12 +122,28 @@ def test_a_layer_that_the_text_encoder_lacks_is_named(checkpoint: Path) -> None:
 
 
 def test_the_revision_follows_the_content_and_not_the_place(tiny_folder: Path, checkpoint: Path) -> None:
-    assert revision(checkpoint) == revision(tiny_folder)
-    assert len(revision(checkpoint)) == 16
+    assert revision(checkpoint, PAINTING) == revision(tiny_folder, PAINTING)
+    assert len(revision(checkpoint, PAINTING)) == 16
     file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file({name: weight + 1 for name, weight in weights.items()}, file, {"format": "pt"})
-    assert revision(checkpoint) != revision(tiny_folder)
+    assert revision(checkpoint, PAINTING) != revision(tiny_folder, PAINTING)
+    assert revision(checkpoint, ENCODING) == revision(tiny_folder, ENCODING)
+
+
+def test_a_prompt_encoder_needs_the_text_encoders_weights_and_no_others(checkpoint: Path) -> None:
+    for component in ("transformer", "vae"):
+        (checkpoint / component / "diffusion_pytorch_model.safetensors").unlink()
+    assert PromptEncoder.from_pretrained(checkpoint, device="cpu").encode("a fox").embeds.shape[1] == 64
+    with pytest.raises(CheckpointError, match=r"transformer/diffusion_pytorch_model\.safetensors is not there"):
+        load(checkpoint)
+
+
+def test_a_generator_needs_no_weights_of_the_text_encoder(checkpoint: Path) -> None:
+    (checkpoint / "text_encoder" / "model.safetensors").unlink()
+    generator = ZImagePipeline.from_pretrained_generator_only(checkpoint, torch_dtype="float32", dit_device="cpu")
+    with pytest.raises(InvalidRequest, match="embeddings: are needed"):
+        generator("a fox", width=64, height=64)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "meta", "", "mps", "cuda", "cuda:7"])

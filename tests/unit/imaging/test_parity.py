@@ -1,6 +1,7 @@
-"""Our loop computes what diffusers' own pipeline computes, on the same weights, in float32."""
+"""Our loop computes what diffusers' own pipelines compute, on the same weights, in float32."""
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zcore.imaging.model.vae import PictureDecoder
-from zcore.imaging.pipeline import ZImagePipeline
+from zcore.imaging.model.vae import PictureCoder
+from zcore.imaging.pipeline import Inputs, ZImagePipeline
 from zcore.request import GenerationRequest
 
 PROMPT = "a red circle on a white background, painted large enough that its caption needs some padding"
@@ -64,34 +65,114 @@ def test_a_seed_means_the_same_picture_as_in_diffusers(
     assert np.abs(_levels(picture) - _levels(expected)).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 3.0, "negative_prompt": "a blue square"},
+        {"guidance_scale": 5.0, "cfg_normalization": 0.8},
+        {"guidance_scale": 3.0, "cfg_truncation": 0.4},
+    ],
+    ids=["scale", "negative", "normalization", "truncation"],
+)
+def test_guided_latents_are_those_of_diffusers(
+    reference: diffusers.ZImagePipeline,
+    ours: ZImagePipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    guidance: dict[str, Any],
+) -> None:
+    expected = _by_diffusers(
+        reference, 64, 96, generator=torch.Generator().manual_seed(42), output_type="latent", **guidance
+    )
+    unguided = _our_latents(ours, _request(64, 96), monkeypatch)
+
+    latents = _our_latents(ours, _request(64, 96, **guidance), monkeypatch)
+
+    assert (latents - unguided).abs().max() > 1e-2
+    # Guidance multiplies the rounding of its two forwards.
+    assert (latents - expected[0]).abs().max() <= 1e-5 * (1 + 2 * guidance["guidance_scale"])
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.6, 1.0])
+@pytest.mark.parametrize("masked", [False, True], ids=["img2img", "inpainting"])
+def test_latents_from_a_picture_are_those_of_diffusers_under_its_strength_rule(
+    reference: diffusers.ZImagePipeline,
+    ours: ZImagePipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    strength: float,
+    masked: bool,
+) -> None:
+    image, mask = _photo(128, 96), _half_mask(128, 96)
+    pipeline = (diffusers.ZImageInpaintPipeline if masked else diffusers.ZImageImg2ImgPipeline)(**reference.components)
+    pipeline.set_progress_bar_config(disable=True)
+    (expected,) = pipeline(
+        prompt=PROMPT,
+        image=image,
+        **({"mask_image": mask} if masked else {}),
+        strength=strength,
+        num_inference_steps=8,
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(42),
+        output_type="latent",
+    ).images
+    inputs = {"image": image, "mask": mask} if masked else {"image": image}
+
+    request = _request(
+        128, 96, strength=strength, strength_rule="diffusers", **{name: f"given:{name}" for name in inputs}
+    )
+    latents = _our_latents(ours, request, monkeypatch, Inputs(**inputs))
+
+    assert expected.std() > 0.1
+    assert (latents - expected).abs().max() <= 1e-5
+
+
 def test_the_prompt_decides_the_latents(ours: ZImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     one = _our_latents(ours, _request(64, 64), monkeypatch)
     other = _our_latents(ours, _request(64, 64, prompt="a blue square"), monkeypatch)
     assert (one - other).abs().max() > 1e-3
 
 
-def _request(width: int, height: int, prompt: str = PROMPT) -> GenerationRequest:
-    return GenerationRequest(prompt=prompt, width=width, height=height, seed=42)
+def _request(width: int, height: int, prompt: str = PROMPT, **fields: Any) -> GenerationRequest:
+    return GenerationRequest(prompt=prompt, width=width, height=height, seed=42, **fields)
 
 
 def _by_diffusers(pipeline: diffusers.ZImagePipeline, width: int, height: int, **how: object) -> torch.Tensor:
-    return pipeline(prompt=PROMPT, width=width, height=height, num_inference_steps=8, guidance_scale=0.0, **how).images
+    options = {"num_inference_steps": 8, "guidance_scale": 0.0, **how}
+    return pipeline(prompt=PROMPT, width=width, height=height, **options).images
 
 
-def _our_latents(pipeline: ZImagePipeline, request: GenerationRequest, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def _our_latents(
+    pipeline: ZImagePipeline,
+    request: GenerationRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    inputs: Inputs | None = None,
+) -> torch.Tensor:
     """What reaches the decoder."""
     seen: list[torch.Tensor] = []
-    decode = PictureDecoder.decode
+    decode = PictureCoder.decode
 
-    def recording(decoder: PictureDecoder, latents: torch.Tensor) -> Image.Image:
+    def recording(decoder: PictureCoder, latents: torch.Tensor) -> Image.Image:
         seen.append(latents.clone())
         return decode(decoder, latents)
 
     with monkeypatch.context() as patched:
-        patched.setattr(PictureDecoder, "decode", recording)
-        pipeline.generate(request)
+        patched.setattr(PictureCoder, "decode", recording)
+        pipeline.generate(request, inputs=inputs)
     (latents,) = seen
     return latents
+
+
+def _photo(width: int, height: int) -> Image.Image:
+    """Something with edges and gradients."""
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    disc = ((across - 128) ** 2 + (down - 100) ** 2 < 60**2) * 255
+    return Image.fromarray(np.stack([across, down, disc], -1).astype(np.uint8))
+
+
+def _half_mask(width: int, height: int) -> Image.Image:
+    mask = Image.new("L", (width, height), 0)
+    mask.paste(255, (width // 2, 0, width, height))
+    return mask
 
 
 def _levels(picture: Image.Image) -> np.ndarray:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from tests.unit.imaging.conftest import TREE
 from zcore.errors import GenerationCanceled, InvalidRequest, OutOfMemory, PromptTooLong
 from zcore.imaging.encode import encode_png, read_parameters
 from zcore.imaging.pipeline import Progress, ZImagePipeline
-from zcore.request import GenerationRequest
+from zcore.request import GenerationRequest, LongPromptMode
 
 REQUEST = GenerationRequest(prompt="a red circle", width=64, height=80, steps=4, seed=11)
 
@@ -113,17 +114,36 @@ def test_memory_that_does_not_suffice_is_said_and_the_next_generation_is_bit_equ
     assert pixels(tiny_pipeline) == before
 
 
-def test_a_prompt_over_the_models_limit_is_refused_before_any_work(tiny_pipeline: ZImagePipeline) -> None:
-    with pytest.raises(PromptTooLong, match="at most 1504"):
-        tiny_pipeline.generate(GenerationRequest(prompt="a" * 1600, width=64, height=64))
-
-
-def test_the_longest_prompt_is_painted(tiny_pipeline: ZImagePipeline) -> None:
+def longer_than(tokens: int, mode: LongPromptMode, steps: int = 1) -> GenerationRequest:
+    """A prompt of one token more, its layout included."""
     overhead = len("user\n") + len("\n") + len("assistant\n") + 3
-    longest = GenerationRequest(prompt="a" * (1504 - overhead), width=64, height=64, steps=1)
-    assert tiny_pipeline.generate(longest).images
-    with pytest.raises(PromptTooLong, match="is 1505 tokens"):
-        tiny_pipeline.generate(GenerationRequest(prompt=longest.prompt + "a", width=64, height=64, steps=1))
+    return GenerationRequest(
+        prompt="a" * (tokens + 1 - overhead), width=64, height=64, steps=steps, seed=1, long_prompt_mode=mode
+    )
+
+
+def test_the_longest_prompt_is_painted_whole(tiny_pipeline: ZImagePipeline) -> None:
+    metrics = tiny_pipeline.generate(longer_than(1503, "refuse")).metrics
+    assert (metrics.prompt_tokens, metrics.kept_tokens) == (1504, 1504)
+
+
+def test_a_longer_prompt_is_refused_where_the_request_says_so(tiny_pipeline: ZImagePipeline) -> None:
+    with pytest.raises(PromptTooLong, match="is 1505 tokens .* at most 1504"):
+        tiny_pipeline.generate(longer_than(1504, "refuse"))
+
+
+def test_a_longer_prompt_is_made_to_fit_by_its_mode(tiny_pipeline: ZImagePipeline) -> None:
+    modes: tuple[LongPromptMode, ...] = ("truncate", "interpolate", "pool", "attention_pool")
+    results = [tiny_pipeline.generate(longer_than(2000, mode)) for mode in modes]
+    assert {(one.metrics.prompt_tokens, one.metrics.kept_tokens) for one in results} == {(2001, 1504)}
+    assert len({one.images[0].image.tobytes() for one in results}) == 4
+
+
+def test_truncation_takes_the_prompts_end_and_not_the_layouts(tiny_pipeline: ZImagePipeline) -> None:
+    """Whatever stands behind the limit does not count, and the rest is as if it had never been written."""
+    cut = replace(longer_than(2000, "truncate"), prompt="a" * 2000 + "z" * 500)
+    fitting = replace(longer_than(1503, "refuse"), seed=cut.seed)
+    assert pixels(tiny_pipeline, cut) == pixels(tiny_pipeline, fitting)
 
 
 def test_a_template_changes_the_picture_and_an_unknown_one_is_refused(tiny_pipeline: ZImagePipeline) -> None:

@@ -1,0 +1,53 @@
+"""What one picture costs: seconds and memory of a process that does nothing else.
+
+`python -m zcore.demo.footprint FOLDER WIDTH HEIGHT THREADS` loads the stock pipeline, paints, and prints one JSON
+object; `footprint` runs that and reads it. A process of its own, because the peak of a process's memory never falls.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+RUNS = 7
+
+
+def footprint(folder: Path, width: int, height: int, threads: int = 2) -> dict[str, float]:
+    """Seconds to load and for a picture (median of 7 after one to warm up), MiB before loading and at the peak."""
+    command = [sys.executable, "-m", "zcore.demo.footprint", str(folder), str(width), str(height), str(threads)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def _measure(folder: Path, width: int, height: int, threads: int) -> dict[str, float]:
+    import torch
+
+    from zcore.demo.evaluate import TRIALS, Ask, load, paint_all
+    from zcore.demo.vocabulary import Picture
+
+    torch.set_num_threads(threads)
+    from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline as _warm  # noqa: F401  # not part of loading
+
+    before_mib = _peak_mib()
+    started = time.perf_counter()
+    pipeline = load(folder)
+    load_s = time.perf_counter() - started
+    trial = next(trial for trial in TRIALS if (trial.width, trial.height, trial.steps) == (width, height, 8))
+    took: list[float] = []
+    for run in range(RUNS + 1):
+        started = time.perf_counter()
+        paint_all(pipeline, [Ask(Picture("center"), "a red circle", run)], trial)
+        took.append(time.perf_counter() - started)
+    return {"load_s": load_s, "picture_s": median(took[1:]), "before_mib": before_mib, "peak_mib": _peak_mib()}
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    _folder, _width, _height, _threads = sys.argv[1:]
+    print(json.dumps(_measure(Path(_folder), int(_width), int(_height), int(_threads))))
