@@ -437,7 +437,7 @@ class _Start:
     def latent_mask(self, one: PlannedPass, device: torch.device) -> Tensor:
         """(1, h, w) of 0 and 1 by the nearest pixel, 1 where to paint, as diffusers makes it."""
         assert self.mask is not None, "asked for only with a mask"
-        painted = torch.from_numpy(np.array(self.mask)).float()[None, None] >= 127.5  # (1, 1, H, W)
+        painted = torch.tensor(np.asarray(self.mask))[None, None] >= 128  # (1, 1, H, W)
         size = (one.size.height, one.size.width)
         return torch.nn.functional.interpolate(painted.float(), size=size, mode="nearest")[0].to(device)
 

@@ -92,7 +92,7 @@ def test_a_batch_of_four_prompts_equals_four_single_runs(encoder: TextEncoder, b
 
 @pytest.mark.parametrize("hidden_layer", [-5, -36])
 def test_a_layer_that_the_model_lacks_is_refused(encoder: TextEncoder, hidden_layer: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"hidden_layer: {hidden_layer}; .* -4 to -1"):
+    with pytest.raises(InvalidRequest, match=rf"hidden_layer: {hidden_layer}; .* -4 to -1"):
         encoder.encode(IDS, one(hidden_layer))
 
 

@@ -128,7 +128,7 @@ def test_the_longest_prompt_is_painted_whole(tiny_pipeline: ZImagePipeline) -> N
 
 
 def test_a_longer_prompt_is_refused_where_the_request_says_so(tiny_pipeline: ZImagePipeline) -> None:
-    with pytest.raises(PromptTooLong, match="is 1505 tokens .* at most 1504"):
+    with pytest.raises(PromptTooLong, match=r"is 1505 tokens .* at most 1504"):
         tiny_pipeline.generate(longer_than(1504, "refuse"))
 
 

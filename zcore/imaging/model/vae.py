@@ -36,7 +36,7 @@ class PictureCoder:
 
         They are drawn from what the VAE takes to be possible, by the generator: the same state, the same latents.
         """
-        levels = torch.from_numpy(np.array(image.convert("RGB"))).to(self._device)  # (h, w, 3)
+        levels = torch.tensor(np.asarray(image.convert("RGB")), device=self._device)  # (h, w, 3)
         pixels = (levels.permute(2, 0, 1).float() / 255.0 * 2.0 - 1.0).to(self._dtype)
         (posterior,) = self._vae.encode(pixels.unsqueeze(0), return_dict=False)
         latents: Tensor = posterior.sample(generator=generator)  # (1, 16, h / 8, w / 8)

@@ -6,6 +6,7 @@ g times the difference, so the usual weight is 1 + g (Ho and Salimans 2022, http
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +32,11 @@ def guided(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
     """
     prediction = positive + guidance.scale * (positive - negative)
     if guidance.normalization > 0:
-        most = torch.linalg.vector_norm(positive) * guidance.normalization
-        norm = torch.linalg.vector_norm(prediction)
+        most = _norm(positive) * guidance.normalization
+        norm = _norm(prediction)
         prediction = torch.where(norm > most, prediction * (most / norm), prediction)
     return prediction
+
+
+def _norm(picture: Tensor) -> Tensor:
+    return cast(Any, torch.linalg).vector_norm(picture)

@@ -91,13 +91,13 @@ class TextEncoder:
 
     def _states(self, ids: Tensor, mask: Tensor | None, depths: set[int]) -> dict[int, Tensor]:
         """Hidden states (B, L, hidden) at these depths, 0 being the token embeddings."""
-        from transformers.masking_utils import create_causal_mask
+        from transformers import masking_utils
 
         model = self._model
         hidden: Tensor = model.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         rotary = model.rotary_emb(hidden, positions)
-        seen = create_causal_mask(
+        seen = cast(Any, masking_utils).create_causal_mask(
             config=model.config,
             inputs_embeds=hidden,
             attention_mask=mask,
