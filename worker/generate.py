@@ -26,7 +26,7 @@ from zcore.errors import (
     StorageError,
     ZImageError,
 )
-from zcore.imaging.encode import encode_png
+from zcore.imaging.encode import encode_image
 from zcore.jobs import lifecycle
 from zcore.jobs.database import Database
 from zcore.jobs.lifecycle import Failure, Lease, StoredOutput
@@ -175,11 +175,11 @@ class Generator:
         """Encodes and stores one picture; tries again until `give_up_at`, while nothing calls the job off."""
         painted.pulse.check()
         image = painted.result.images[index]
-        encoded = encode_png(image.image, painted.request, image.index, self._pipeline.describe())
-        key = pictures.key_of(painted.job.id, painted.job.attempt, index)
+        encoded = encode_image(image.image, painted.request, image.index, self._pipeline.describe())
+        key = pictures.key_of(painted.job.id, painted.job.attempt, index, encoded.format)
         for attempt in count():
             try:
-                self._storage.put(key, encoded.content, f"image/{encoded.format}")
+                self._storage.put(key, encoded.content, encoded.media_type)
                 break
             except StorageError as fault:
                 painted.pulse.check()
@@ -203,7 +203,7 @@ class Generator:
     def _delete(self, painted: _Painted, attempts: Iterable[int]) -> None:
         """As well as it goes: what stays behind costs space, not a job."""
         try:
-            self._storage.delete(pictures.keys_of(painted.job.id, attempts, painted.request.n))
+            self._storage.delete(pictures.keys_of(painted.job.id, attempts, painted.request.n, painted.request.format))
         except StorageError as fault:
             log.warning("leftovers.stay", error=fault.message)
 

@@ -80,7 +80,9 @@ class Upkeep:
             self._on_ended()
         for job in ended:
             # Its workers may have died between storing pictures and saying so.
-            self._storage.delete(pictures.keys_of(job.id, range(1, job.attempt + 1), int(job.request["n"])))
+            attempts = range(1, job.attempt + 1)
+            count, stored_as = int(job.request["n"]), pictures.format_of(job.request)
+            self._storage.delete(pictures.keys_of(job.id, attempts, count, stored_as))
 
     def _announce_again(self) -> None:
         """One ring for each idle worker: busy ones take what is due by themselves, and rings that nobody hears pile up.

@@ -40,6 +40,13 @@ def test_a_link_gives_the_picture_without_a_key(served: DirectoryStorage) -> Non
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.parametrize("ending", ["png", "jpeg", "webp", "avif"])
+def test_a_picture_is_served_as_what_it_is(served: DirectoryStorage, ending: str) -> None:
+    served.put(f"jobs/0192/1-0.{ending}", PICTURE, f"image/{ending}")
+    answer = httpx.get(served.link(f"jobs/0192/1-0.{ending}").url)
+    assert answer.headers["content-type"] == f"image/{ending}"
+
+
 def test_a_link_of_one_picture_does_not_open_another(served: DirectoryStorage) -> None:
     served.put("jobs/other/1-0.png", PICTURE, "image/png")
     answer = httpx.get(served.link(KEY).url.replace("0192", "other"))

@@ -1,6 +1,7 @@
 """One job after another: every way from a claim to an end, on a real record, with a painter in place of the model."""
 
 import hashlib
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -8,6 +9,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from PIL import Image
 from sqlalchemy import make_url
 
 from tests.integration.broker.cable import cable_to
@@ -49,6 +51,16 @@ def test_a_succeeded_job_has_its_pictures_as_they_lie_in_storage(studio: Studio)
         "queue_ms", "encode_ms", "denoise_ms", "decode_ms", "peak_vram_mb", "upload_ms", "total_ms",
     }  # fmt: skip
     assert studio.ended.is_set(), "whoever delivers webhooks is woken"
+
+
+@pytest.mark.parametrize("stored_as", ["png", "jpeg", "webp", "avif"])
+def test_a_picture_is_stored_in_the_format_asked_for(studio: Studio, stored_as: str) -> None:
+    job_id = studio.submit(format=stored_as)
+    studio.work()
+    (output,) = studio.look(job_id).outputs
+    assert (output.format, output.key) == (stored_as, f"jobs/{job_id}/1-0.{stored_as}")
+    with Image.open(io.BytesIO(studio.storage.get(output.key))) as picture:
+        assert picture.format == stored_as.upper()
 
 
 def test_progress_is_on_the_row_while_it_is_made(studio: Studio) -> None:

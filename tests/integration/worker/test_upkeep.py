@@ -60,16 +60,28 @@ def test_a_job_whose_worker_lives_is_left_alone(studio: Studio, upkeep: Upkeep, 
     assert (studio.look(job_id).status, bell.rings) == ("running", 0)
 
 
+@pytest.mark.parametrize("stored_as", ["png", "avif"])
 def test_a_job_without_attempts_left_fails_its_pictures_go_and_its_caller_is_told(
-    studio: Studio, upkeep: Upkeep
+    studio: Studio, upkeep: Upkeep, stored_as: str
 ) -> None:
-    job_id = studio.submit(max_attempts=1, n=2)
+    job_id = studio.submit(max_attempts=1, n=2, format=stored_as)
     claimed(studio, lease_s=-1)
-    studio.storage.put(f"jobs/{job_id}/1-1.png", b"stored, then killed", "image/png")
+    studio.storage.put(f"jobs/{job_id}/1-1.{stored_as}", b"stored, then killed", f"image/{stored_as}")
     upkeep.tick()
     assert (studio.look(job_id).status, studio.look(job_id).error_code) == ("failed", "worker_lost")
     assert studio.storage.pictures() == []
     assert studio.ended.is_set()
+
+
+def test_what_a_row_without_a_format_left_is_deleted_as_png(studio: Studio, upkeep: Upkeep) -> None:
+    job_id = studio.submit(max_attempts=1)
+    with studio.database.write() as transaction:
+        job = queries.get(transaction, job_id)
+        job.request = {name: value for name, value in job.request.items() if name != "format"}
+    claimed(studio, lease_s=-1)
+    studio.storage.put(f"jobs/{job_id}/1-0.png", b"stored by the version before", "image/png")
+    upkeep.tick()
+    assert studio.storage.pictures() == []
 
 
 def test_a_job_nobody_was_told_of_is_rung_for_once_in_a_while(studio: Studio, upkeep: Upkeep, bell: Bell) -> None:

@@ -2,74 +2,186 @@
 
 import hashlib
 import io
+import zlib
+from typing import Any, get_args
 
+import msgspec
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
 
-from zcore.imaging.encode import encode_png, read_parameters
-from zcore.request import GenerationRequest
+from zcore.imaging import xmp
+from zcore.imaging.encode import encode_image, read_parameters
+from zcore.request import PROMPT_LIMIT_CHARACTERS, UNWRITABLE, GenerationRequest, OutputFormat
 
+FORMATS = get_args(OutputFormat)
 MADE_BY = {"engine": "1.2.3", "model_revision": "abc", "torch": "2.13.0"}
+INPUTS = {"image": "a" * 64, "mask": "b" * 64}
 REQUEST = GenerationRequest(
-    prompt='一只猫 🐈 <b>\n"quoted"', template="photography", seed=2**63 - 1, n=3, width=64, height=80
+    prompt='一只猫 🐈 <b> & ]]> \ufffe\uffff\x01\n"quoted"',
+    template="photography",
+    seed=2**63 - 1,
+    n=3,
+    width=64,
+    height=80,
 )
+PICTURE = Image.frombytes("RGB", (64, 80), bytes(index % 251 for index in range(64 * 80 * 3)))
+"""Every pixel another."""
 
 
-@pytest.fixture
-def picture() -> Image.Image:
-    """Every pixel another."""
-    return Image.frombytes("RGB", (64, 80), bytes(index % 251 for index in range(64 * 80 * 3)))
+def stored_as(stored_as: str, **changed: Any) -> GenerationRequest:
+    return msgspec.structs.replace(REQUEST, format=stored_as, **changed)
 
 
-def test_the_pixels_and_the_parameters_come_back(picture: Image.Image) -> None:
-    encoded = encode_png(picture, REQUEST, 2, MADE_BY)
-    with Image.open(io.BytesIO(encoded.content)) as reread:
-        assert reread.format == "PNG"
-        assert reread.tobytes() == picture.tobytes()
+@pytest.fixture(params=FORMATS)
+def request_of_each(request: pytest.FixtureRequest) -> GenerationRequest:
+    """The request, in every format."""
+    return stored_as(request.param)
+
+
+def plain(format: str, **options: Any) -> bytes:  # noqa: A002
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def test_the_parameters_come_back(request_of_each: GenerationRequest) -> None:
+    encoded = encode_image(PICTURE, request_of_each, 2, MADE_BY, INPUTS)
     parameters = read_parameters(encoded.content)
     assert parameters is not None
     assert parameters.index == 2
     assert parameters.made_by == MADE_BY
+    assert parameters.inputs == INPUTS
     assert parameters.request.prompt == REQUEST.prompt
     assert parameters.request.template == "photography"
 
 
-def test_the_embedded_request_is_of_this_picture_alone(picture: Image.Image) -> None:
-    parameters = read_parameters(encode_png(picture, REQUEST, 2, MADE_BY).content)
+def test_the_embedded_request_is_of_this_picture_alone(request_of_each: GenerationRequest) -> None:
+    parameters = read_parameters(encode_image(PICTURE, request_of_each, 2, MADE_BY).content)
     assert parameters is not None
-    assert parameters.request.seed == REQUEST.seed_of(2) == 1
-    assert parameters.request.n == 1
+    assert parameters.request == msgspec.structs.replace(request_of_each, seed=REQUEST.seed_of(2), n=1)
+    assert parameters.request.seed == 1
 
 
-def test_what_is_told_about_the_file_is_true(picture: Image.Image) -> None:
-    encoded = encode_png(picture, REQUEST, 0, MADE_BY)
-    assert (encoded.format, encoded.width, encoded.height) == ("png", 64, 80)
+def test_a_png_has_the_very_pixels() -> None:
+    with Image.open(io.BytesIO(encode_image(PICTURE, REQUEST, 0, MADE_BY).content)) as reread:
+        assert reread.tobytes() == PICTURE.tobytes()
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp", "avif"])
+def test_the_other_formats_are_as_good_as_the_quality_asked_for(format: str) -> None:  # noqa: A002
+    sizes = [len(encode_image(PICTURE, stored_as(format, quality=q), 0, MADE_BY).content) for q in (20, 90)]
+    assert sizes[0] < 0.75 * sizes[1]
+
+
+def test_what_is_told_about_the_file_is_true(request_of_each: GenerationRequest) -> None:
+    encoded = encode_image(PICTURE, request_of_each, 0, MADE_BY)
+    with Image.open(io.BytesIO(encoded.content)) as reread:
+        assert reread.format is not None
+        assert (encoded.format, encoded.width, encoded.height) == (reread.format.lower(), 64, 80)
+        assert encoded.media_type == reread.get_format_mimetype()
     assert encoded.sha256 == hashlib.sha256(encoded.content).hexdigest()
 
 
-def test_the_same_picture_gives_the_same_bytes(picture: Image.Image) -> None:
-    assert encode_png(picture, REQUEST, 0, MADE_BY) == encode_png(
-        picture.copy(), REQUEST, 0, dict(reversed(MADE_BY.items()))
+def test_the_same_picture_gives_the_same_bytes(request_of_each: GenerationRequest) -> None:
+    def encoded(index: int = 0, made_by: dict[str, str] = MADE_BY, inputs: dict[str, str] = INPUTS) -> bytes:
+        return encode_image(PICTURE.copy(), request_of_each, index, made_by, inputs).content
+
+    turned = dict(reversed(MADE_BY.items())), dict(reversed(INPUTS.items()))
+    assert encoded() == encoded(0, *turned)
+    assert len({encoded(), encoded(1), encoded(0, {}), encoded(inputs={})}) == 4
+
+
+@pytest.mark.parametrize("character", ["\U0010fffd", "\x01", "&", '"'], ids=["4 bytes", "control", "markup", "quote"])
+def test_the_longest_texts_fit_every_format(request_of_each: GenerationRequest, character: str) -> None:
+    longest = character * PROMPT_LIMIT_CHARACTERS
+    request = msgspec.structs.replace(
+        request_of_each,
+        prompt=longest,
+        negative_prompt=longest,
+        system_prompt=longest,
+        thinking_content=longest,
+        assistant_content=longest,
+        seed=1,
+        n=1,
     )
-    assert encode_png(picture, REQUEST, 0, MADE_BY) != encode_png(picture, REQUEST, 1, MADE_BY)
+    content = encode_image(PICTURE, request, 0, MADE_BY).content
+    parameters = read_parameters(content)
+    assert parameters is not None
+    assert parameters.request == request
+    with Image.open(io.BytesIO(content)) as reread:
+        reread.load()
 
 
-def test_a_picture_from_elsewhere_has_no_parameters(picture: Image.Image) -> None:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    stripped = buffer.getvalue()
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG")
-    for content in (stripped, buffer.getvalue(), b"", b"\x89PNG\r\n\x1a\n", stripped[:-40]):
-        assert read_parameters(content) is None
+@given(st.text().filter(lambda text: text.strip() and not UNWRITABLE.search(text)), st.sampled_from(FORMATS))
+def test_any_prompt_comes_back(prompt: str, format: str) -> None:  # noqa: A002
+    parameters = read_parameters(encode_image(PICTURE, stored_as(format, prompt=prompt), 0, {}).content)
+    assert parameters is not None
+    assert parameters.request.prompt == prompt
+
+
+def test_a_jpegs_packet_goes_on_in_segments_of_any_order_but_only_as_a_whole() -> None:
+    packet = xmp.packet("long " * 50_000)
+    split = xmp.split_for_jpeg(packet)
+    with Image.open(io.BytesIO(plain("JPEG", xmp=split.main, extra=split.extensions))) as image:
+        segments = [segment for name, segment in image.applist if name == "APP1"]  # type: ignore[attr-defined]
+    assert len(segments) == 5
+    assert xmp.text_in(split.main, reversed(segments)) == "long " * 50_000
+    assert xmp.text_in(split.main, segments[1:]) is None
+
+
+def test_a_packet_that_another_program_wrote_anew_is_read() -> None:
+    attribute = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        f'<rdf:Description xmlns:z="{xmp.NAMESPACE}" z:parameters="a &amp; b"/></rdf:RDF></x:xmpmeta>'
+    )
+    assert xmp.text_in(attribute.encode()) == "a & b"
+
+
+def test_a_packet_with_entities_is_not_read() -> None:
+    bomb = f'<!DOCTYPE x [<!ENTITY a "b">]><x xmlns:z="{xmp.NAMESPACE}" z:parameters="&a;"/>'
+    assert xmp.text_in(bomb.encode()) is None
+    assert xmp.text_in(bomb.encode("utf-16")) is None
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF"])
+def test_a_picture_from_elsewhere_has_no_parameters(format: str) -> None:  # noqa: A002
+    assert read_parameters(plain(format)) is None
+    if format in ("JPEG", "WEBP", "AVIF"):
+        for packet in (b"<x>", b"\xff", b"<x/>", xmp.packet(""), xmp.packet("[" * 100_000)[:60_000]):
+            assert read_parameters(plain(format, xmp=packet)) is None
 
 
 @pytest.mark.parametrize("claim", ["", "{", "[]", '{"request": {}}', '{"request": {"prompt": "x", "width": 7}}'])
-def test_parameters_that_make_no_sense_are_none(picture: Image.Image, claim: str) -> None:
-    from PIL import PngImagePlugin
-
+def test_parameters_that_make_no_sense_are_none(claim: str) -> None:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("zimage", claim)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=chunks)
-    assert read_parameters(buffer.getvalue()) is None
+    assert read_parameters(plain("PNG", pnginfo=chunks)) is None
+    assert read_parameters(plain("WEBP", xmp=xmp.packet(claim))) is None
+
+
+def test_json_nested_without_end_is_none() -> None:
+    nested = '{"request": ' + '{"layer_weights": ' * 100_000
+    assert read_parameters(plain("WEBP", xmp=xmp.packet(nested))) is None
+    assert read_parameters(plain("WEBP", xmp=xmp.packet('{"unknown": ' + "[" * 100_000))) is None
+
+
+def test_a_picture_that_would_not_fit_any_memory_is_none() -> None:
+    content = bytearray(plain("PNG"))
+    content[16:24] = (60_000).to_bytes(4) * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(content))
+    assert read_parameters(bytes(content)) is None
+
+
+@given(st.data())
+def test_no_bytes_at_all_are_too_broken_to_be_read(data: st.DataObject) -> None:
+    content = bytearray(ENCODED[data.draw(st.sampled_from(FORMATS))])
+    for _ in range(data.draw(st.integers(0, 8))):
+        content[data.draw(st.integers(0, min(len(content), 2000) - 1))] = data.draw(st.integers(0, 255))
+    read_parameters(bytes(content[: data.draw(st.integers(0, len(content)))]))
+
+
+ENCODED = {name: encode_image(PICTURE, stored_as(name), 0, MADE_BY).content for name in FORMATS}

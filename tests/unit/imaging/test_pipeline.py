@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from tests.unit.imaging.conftest import TREE
 from zcore.errors import GenerationCanceled, InvalidRequest, OutOfMemory, PromptTooLong
-from zcore.imaging.encode import encode_png, read_parameters
+from zcore.imaging.encode import encode_image, read_parameters
 from zcore.imaging.pipeline import Progress, ZImagePipeline
 from zcore.request import GenerationRequest, LongPromptMode
 
@@ -59,7 +59,7 @@ def test_the_same_request_paints_the_same_file_in_another_pipeline(
 ) -> None:
     another = ZImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32, dit_device="cpu")
     files = [
-        encode_png(pipeline.generate(REQUEST).images[0].image, REQUEST, 0, pipeline.describe()).content
+        encode_image(pipeline.generate(REQUEST).images[0].image, REQUEST, 0, pipeline.describe()).content
         for pipeline in (tiny_pipeline, another)
     ]
     assert files[0] == files[1]
@@ -72,7 +72,7 @@ def test_another_seed_another_picture(tiny_pipeline: ZImagePipeline) -> None:
 def test_a_picture_of_several_can_be_painted_again_from_what_it_says(tiny_pipeline: ZImagePipeline) -> None:
     request = several(2)
     second = tiny_pipeline.generate(request).images[1]
-    parameters = read_parameters(encode_png(second.image, request, 1, tiny_pipeline.describe()).content)
+    parameters = read_parameters(encode_image(second.image, request, 1, tiny_pipeline.describe()).content)
     assert parameters is not None
     assert pixels(tiny_pipeline, parameters.request) == [second.image.tobytes()]
 
