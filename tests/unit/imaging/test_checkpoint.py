@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zcore.errors import CheckpointError
-from zcore.imaging.model.checkpoint import check_layout, locate, revision
+from zcore.imaging.model.checkpoint import check_layout, encoder_family, locate, revision
 from zcore.imaging.model.loader import (
     Placement,
     choose_attention,
@@ -127,6 +127,23 @@ def test_the_revision_follows_the_content_and_not_the_place(tiny_folder: Path, c
     weights = load_file(file)
     save_file({name: weight + 1 for name, weight in weights.items()}, file, {"format": "pt"})
     assert revision(checkpoint) != revision(tiny_folder)
+
+
+def test_an_encoders_family_needs_no_weights_and_follows_its_architecture_and_tokenizer(
+    tiny_folder: Path, demo_folder: Path, checkpoint: Path
+) -> None:
+    for weights in (checkpoint / "text_encoder").glob("*.safetensors"):
+        weights.unlink()
+    family = encoder_family(checkpoint)
+    assert family == encoder_family(tiny_folder) != encoder_family(demo_folder)
+    assert re.fullmatch("[0-9a-f]{64}", family)
+    for file in ("text_encoder/config.json", "tokenizer/tokenizer.json"):
+        change_json(checkpoint / file, lambda content: content.update(changed=True))
+        family, before = encoder_family(checkpoint), family
+        assert family != before
+    (checkpoint / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.json cannot be read: No such file"):
+        encoder_family(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "meta", "", "mps", "cuda", "cuda:7"])
