@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.deliver import Deliverer
 from worker.generate import Generator
-from worker.gpu import load_pipeline
+from zcore.imaging.from_settings import load_pipeline
 from worker.presence import Presence
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
