@@ -15,14 +15,17 @@ import msgspec
 from PIL import Image
 
 from zcore.cli.files import read_given
-from zcore.cli.request_flags import SIZE_FIELDS, TEXT_FIELDS, flag_of, said_fields
+from zcore.cli.request_flags import TEXT_FIELDS, flag_of, said_fields
 from zcore.errors import InvalidRequest
 from zcore.imaging.encode import PictureParameters, read_parameters
 from zcore.imaging.input_picture import open_picture
-from zcore.imaging.text.embedding_file import EmbeddingHeader
-from zcore.request import GIVEN, SEED_BOUND, GenerationRequest, parse_generation
+from zcore.imaging.text.embedding_header import read_header
+from zcore.request import GIVEN, SEED_BOUND, SIZE_FIELDS, GenerationRequest, parse_generation
 from zcore.settings import Settings
 from zcore.sizes import SIDE_MULTIPLE_PX
+
+NAMED_BY = {"embedding": "prompt"}
+"""Which field of the request names a file, where it is not called as the file is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,8 @@ def commissioned(said: argparse.Namespace, settings: Settings) -> Commission:
     fields = said_fields(said)
     original = _original(said.original) if said.original else None
     given = _given(said, fields, original)
-    decided = {**_kept(original, fields), **_prompt(given, fields), **fields}
-    decided |= {name: file.address for name, file in given.items() if name != "embedding"}
+    decided = {**_kept(original, fields), **fields}
+    decided |= {NAMED_BY.get(name, name): file.address for name, file in given.items()}
     if original is None and not fields.keys() & {"width", "height", *SIZE_FIELDS}:
         decided |= _own_size(given)
     request = parse_generation(decided, settings.generation_defaults, settings.limits)
@@ -85,12 +88,8 @@ def _kept(original: PictureParameters | None, fields: dict[str, Any]) -> dict[st
     """What the picture to be repeated says, but for a size that is now said by name."""
     if original is None:
         return {}
-    replaced = {"width", "height"} if fields.keys() & set(SIZE_FIELDS) else set[str]()
-    return {
-        name: value
-        for name, value in msgspec.to_builtins(original.request).items()
-        if name not in replaced and name != "version"
-    }
+    replaced = {"version", *(("width", "height") if fields.keys() & set(SIZE_FIELDS) else ())}
+    return {name: value for name, value in msgspec.to_builtins(original.request).items() if name not in replaced}
 
 
 def _given(
@@ -108,11 +107,6 @@ def _given(
     elif original and "embedding" in original.inputs and "prompt" not in fields:
         raise InvalidRequest.field("--from", "was painted from an embedding; pass that with --embeddings")
     return given
-
-
-def _prompt(given: dict[str, GivenFile], fields: dict[str, Any]) -> dict[str, Any]:
-    """What stands for the prompt where an embedding does; a prompt that is missing is said to be."""
-    return {"prompt": given["embedding"].address} if "embedding" in given and "prompt" not in fields else {}
 
 
 def _opened(name: str, path: Path) -> GivenFile:
@@ -141,8 +135,8 @@ def _read_embedding(path: Path, fields: dict[str, Any]) -> GivenFile:
         detail = "cannot be said with --embeddings: it was decided when the prompt was encoded"
         raise InvalidRequest.field(decided[0], detail)
     content = read_given(path, "--embeddings")
-    header = EmbeddingHeader.read(content)
-    return GivenFile(content, hashlib.sha256(content).hexdigest(), f"embedding {header.prompt_sha256[:16]}")
+    prompt_sha256 = read_header(content).origin.prompt_sha256
+    return GivenFile(content, hashlib.sha256(content).hexdigest(), f"embedding {prompt_sha256[:16]}")
 
 
 def _own_size(given: dict[str, GivenFile]) -> dict[str, int]:
@@ -150,6 +144,4 @@ def _own_size(given: dict[str, GivenFile]) -> dict[str, int]:
     picture = given["image"].picture if "image" in given else None
     if picture is None:
         return {}
-    return {
-        side: getattr(picture, side) // SIDE_MULTIPLE_PX * SIDE_MULTIPLE_PX for side in ("width", "height")
-    }
+    return {side: getattr(picture, side) // SIDE_MULTIPLE_PX * SIDE_MULTIPLE_PX for side in ("width", "height")}

@@ -41,7 +41,9 @@ environment, or a flag. Secrets are masked.
 
 def add_to(commands: Commands) -> None:
     """The command with its flags."""
-    parser = commands.add_parser("config", help="show the settings in force", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "config", usage="zimage config [FLAGS] [KEY]", help="show the settings in force", description=DESCRIPTION
+    )
     parser.add_argument("key", metavar="KEY", nargs="?", help="A setting or a section; all where absent.")
     add_setting_flags(parser, setting_flags.ALL)
     parser.set_defaults(run=run, parser=parser)

@@ -28,7 +28,12 @@ With --guidance-scale above 0 the negative prompt is encoded with it, which guid
 
 def add_to(commands: Commands) -> None:
     """The command with its flags."""
-    parser = commands.add_parser("encode", help="turn a prompt into an embedding file", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "encode",
+        usage="zimage encode [FLAGS] PROMPT",
+        help="turn a prompt into an embedding file",
+        description=DESCRIPTION,
+    )
     add_request_flags(parser, (*TEXT_FIELDS, "guidance_scale"), prompt_required=True)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -38,7 +43,12 @@ def add_to(commands: Commands) -> None:
         default=Path("embedding.safetensors"),
         help="Where the embedding goes. (default embedding.safetensors)",
     )
-    flags = (*setting_flags.CHECKPOINT, *setting_flags.TEMPLATES, *setting_flags.ENCODER, *setting_flags.DTYPE)
+    flags = (
+        *setting_flags.CHECKPOINT,
+        *setting_flags.TEMPLATES,
+        *setting_flags.ENCODER,
+        *setting_flags.LATER_OF_ENCODER,
+    )
     add_setting_flags(parser, flags)
     parser.set_defaults(run=run, parser=parser)
 

@@ -10,9 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from zcore.cli import setting_flags
 from zcore.cli.files import check_place, whole_file
@@ -22,7 +20,7 @@ from zcore.cli.request_flags import add_request_flags, request_fields
 from zcore.cli.setting_flags import add_setting_flags, chosen_settings
 from zcore.errors import InvalidRequest
 from zcore.imaging.from_settings import load_generator, load_pipeline, refuse_what_is_not_built
-from zcore.request import GenerationRequest, OutputFormat
+from zcore.request import OutputFormat
 from zcore.settings import Settings
 
 if TYPE_CHECKING:
@@ -68,7 +66,9 @@ class WrittenPicture:
 
 def add_to(commands: Commands) -> None:
     """The command with its flags."""
-    parser = commands.add_parser("generate", help="paint pictures", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "generate", usage="zimage generate [FLAGS] PROMPT", help="paint pictures", description=DESCRIPTION
+    )
     add_request_flags(parser, request_fields(), prompt_required=False)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -88,14 +88,7 @@ def add_to(commands: Commands) -> None:
         "--embeddings", metavar="FILE", type=Path, help="What `zimage encode` made, in place of a PROMPT."
     )
     files.add_argument("--json", action="store_true", help="One line of JSON for each picture, for programs.")
-    flags = (
-        *setting_flags.CHECKPOINT,
-        *setting_flags.TEMPLATES,
-        *setting_flags.ENCODER,
-        *setting_flags.PAINTER,
-        *setting_flags.DTYPE,
-    )
-    add_setting_flags(parser, flags)
+    add_setting_flags(parser, setting_flags.ALL)
     parser.set_defaults(run=run, parser=parser)
 
 
@@ -162,13 +155,13 @@ def _loaded(commission: "Commission", settings: Settings) -> "ZImagePipeline":
 
 def _inputs(commission: "Commission") -> "Inputs":
     from zcore.imaging.pipeline import Inputs
-    from zcore.imaging.text.embedding_file import PromptEmbedding
+    from zcore.imaging.text.embedding_file import from_bytes
 
     given = commission.given.get("embedding")
     return Inputs(
         image=commission.picture("image"),
         mask=commission.picture("mask"),
-        embedding=PromptEmbedding.from_bytes(given.content) if given else None,
+        embedding=from_bytes(given.content) if given else None,
     )
 
 

@@ -14,7 +14,7 @@ TO_LINE_START = "\r\x1b[K"  # and clear the line
 
 
 class ProgressLine:
-    """`[########................] 3/9 denoise  1.2 s`. Use in a `with`: whatever happens, the line is gone at the end."""
+    """`[########................] 3/9 denoise  1.2 s`. In a `with`: the line is gone at its end."""
 
     def __init__(self, stream: TextIO, pictures: int) -> None:
         self._stream = stream

@@ -6,6 +6,7 @@ bounds are the request's to check.
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -39,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "size": ("width", "height", *SIZE_FIELDS),
     "painting": ("seed", "n", "steps", "shift", "guidance_scale", "cfg_normalization", "cfg_truncation", "passes"),
     "starting from a picture": ("image", "mask", "strength", "strength_rule", "fit", "keep_unmasked"),
-    "file": ("format", "quality"),
+    "format of the file": ("format", "quality"),
 }
 """How `--help` sorts them. A field that is named nowhere here comes under `more`."""
 
@@ -173,7 +174,13 @@ def _help(name: str) -> str:
         return _OWN_HELP[name]
     notes = [kind.bounds, _default(name)]
     noted = "; ".join(note for note in notes if note)
-    return _OWN_HELP.get(name, kind.description) + (f" ({noted})" if noted else "")
+    return (_OWN_HELP.get(name) or _by_flags(kind.description)) + (f" ({noted})" if noted else "")
+
+
+def _by_flags(text: str) -> str:
+    """A sentence about fields as one about flags."""
+    names = "|".join(name for name in request_fields() if "_" in name)
+    return re.sub(rf"\b({names})\b", lambda found: flag_of(found[0]), text)
 
 
 def _default(name: str) -> str:

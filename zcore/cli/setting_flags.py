@@ -9,10 +9,17 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from zcore.errors import ConfigurationError
-from zcore.settings import Settings, load_settings, overrides_from_arguments, setting_names, setting_origins, setting_value
+from zcore.settings import (
+    Settings,
+    load_settings,
+    overrides_from_arguments,
+    setting_names,
+    setting_origins,
+    setting_value,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +39,9 @@ CHECKPOINT = (
 )
 TEMPLATES = (SettingFlag(("--templates-dir",), ("templates_dir",), "Folder of prompt templates."),)
 ENCODER = (
-    SettingFlag(("--encoder-device",), ("encoder.device",), "Where the text encoder runs: auto, cpu, mps, cuda, cuda:N."),
-    SettingFlag(("--quantization",), ("encoder.quantization",), "Fewer bits for the text encoder's weights. Not yet."),
-)
-DTYPE = (
+    SettingFlag(
+        ("--encoder-device",), ("encoder.device",), "Where the text encoder runs: auto, cpu, mps, cuda or cuda:N."
+    ),
     SettingFlag(
         ("--dtype",),
         ("pipeline.torch_dtype", "encoder.torch_dtype"),
@@ -55,23 +61,37 @@ PAINTER = (
         ("pytorch.compile",),
         "Compile the transformer: a slow first picture, then about a tenth faster.",
     ),
-    SettingFlag(
-        ("--cpu-offload",), ("pytorch.cpu_offload",), "Keep only the network that computes on the GPU. Not yet."
-    ),
-    SettingFlag(("--tiled-vae",), ("pytorch.tiled_vae",), "Decode large pictures in tiles. Not yet."),
+)
+LATER_OF_ENCODER = (
+    SettingFlag(("--quantization",), ("encoder.quantization",), "The text encoder's weights in fewer bits."),
+)
+LATER = (
+    *LATER_OF_ENCODER,
+    SettingFlag(("--cpu-offload",), ("pytorch.cpu_offload",), "Only the network that computes is on the GPU."),
+    SettingFlag(("--tiled-vae",), ("pytorch.tiled_vae",), "Large pictures are decoded in tiles."),
     SettingFlag(("--tile-size",), ("pytorch.tile_size",), "Side of a tile in pixels.", "pytorch.tiled_vae"),
     SettingFlag(("--tile-overlap",), ("pytorch.tile_overlap",), "Overlap of tiles in pixels.", "pytorch.tiled_vae"),
-    SettingFlag(("--dype",), ("dype.enabled",), "Extrapolate positions, for 2K to 4K pictures. Not yet."),
-    SettingFlag(("--dype-method",), ("dype.method",), "How.", "dype.enabled"),
+    SettingFlag(("--dype",), ("dype.enabled",), "Dynamic position extrapolation, for pictures of 2K to 4K."),
+    SettingFlag(("--dype-method",), ("dype.method",), "How positions are extrapolated.", "dype.enabled"),
     SettingFlag(("--dype-scale",), ("dype.dype_scale",), "How strongly.", "dype.enabled"),
-    SettingFlag(("--dype-exponent",), ("dype.dype_exponent",), "How fast it fades along the steps.", "dype.enabled"),
-    SettingFlag(("--slg",), ("slg.enabled",), "Skip layer guidance, for better anatomy. Not yet."),
-    SettingFlag(("--slg-scale",), ("slg.scale",), "How strongly.", "slg.enabled"),
+    SettingFlag(("--dype-exponent",), ("dype.dype_exponent",), "How fast that fades along the steps.", "dype.enabled"),
+    SettingFlag(("--slg",), ("slg.enabled",), "Skip layer guidance, for better anatomy."),
+    SettingFlag(("--slg-scale",), ("slg.scale",), "How strongly it guides.", "slg.enabled"),
     SettingFlag(("--slg-layers",), ("slg.layers",), "Which layers are skipped, as 7,8,9.", "slg.enabled"),
     SettingFlag(("--slg-start",), ("slg.start",), "Part of the steps at which it begins, 0 to 1.", "slg.enabled"),
     SettingFlag(("--slg-stop",), ("slg.stop",), "Part of the steps at which it ends, 0 to 1.", "slg.enabled"),
 )
-ALL = (*CHECKPOINT, *TEMPLATES, *ENCODER, *PAINTER, *DTYPE)
+"""Understood, and refused by `from_settings.refuse_what_is_not_built`. What is built moves up."""
+
+ALL = (*CHECKPOINT, *TEMPLATES, *ENCODER, *PAINTER, *LATER)
+METAVARS = {
+    "model_path": "PATH",
+    "templates_dir": "PATH",
+    "encoder.device": "DEVICE",
+    "pipeline.device": "DEVICE",
+    "pipeline.vae_device": "DEVICE",
+    "slg.layers": "N,N",
+}
 PATHS = ("model_path", "templates_dir")
 """Settings whose value is looked up from the working folder when a flag says it."""
 
@@ -87,21 +107,30 @@ class ChosenSettings:
 
 def add_setting_flags(parser: argparse.ArgumentParser, flags: Sequence[SettingFlag]) -> None:
     """`--config`, `--profile` and `--set`, and these."""
-    group = parser.add_argument_group("settings", "Others come from the environment and config.toml; see docs/settings.md.")
+    group = parser.add_argument_group(
+        "settings", "All others stand in the environment and in config.toml; see docs/settings.md."
+    )
     group.add_argument("--config", metavar="FILE", type=Path, help="Settings file, in place of config/config.toml.")
     group.add_argument("--profile", metavar="NAME", help="Table of the settings file, as demo or rtx4090.")
     group.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="Any setting, as pytorch.compile=true; repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="Any setting, as pytorch.compile=true. Repeatable.",
     )
-    for flag in flags:
-        group.add_argument(*flag.names, dest=flag.settings[0], help=flag.help, default=argparse.SUPPRESS, **_reading(flag))
-    if PAINTER[0] in flags:
+    _add(group, [flag for flag in flags if flag not in LATER])
+    later = [flag for flag in flags if flag in LATER]
+    if later:
+        group = parser.add_argument_group("not yet", "Understood, and refused by this version.")
+        _add(group, later)
+    if LATER[-1] in flags:
         group.add_argument(
             "--lora",
             metavar="FILE:SCALE",
             action="append",
             default=[],
-            help="LoRA file with its strength, as style.safetensors:0.8; repeatable. Not yet.",
+            help="LoRA file with its strength, as style.safetensors:0.8. Repeatable.",
         )
 
 
@@ -120,9 +149,21 @@ def chosen_settings(said: argparse.Namespace) -> ChosenSettings:
     overrides = {**overrides_from_arguments(said.set), **by_flag, **profile}
     settings = load_settings(os.environ, overrides, said.config)
     for flag in ALL:
-        if flag.needs and flag.settings[0] in vars(said) and not _value(settings, flag.needs):
+        if flag.needs and flag.settings[0] in vars(said) and not value_of(settings, flag.needs):
             raise ConfigurationError(f"{flag.names[0]}: does nothing without {_switch(flag.needs)}")
     return ChosenSettings(settings, setting_origins(os.environ, overrides, said.config), spelled)
+
+
+def value_of(settings: Settings, name: str) -> Any:
+    """A setting by its dotted name."""
+    section, _, key = name.rpartition(".")
+    return getattr(getattr(settings, section) if section else settings, key)
+
+
+def _add(group: Any, flags: Sequence[SettingFlag]) -> None:
+    for flag in flags:
+        reading = _reading(flag)
+        group.add_argument(*flag.names, dest=flag.settings[0], help=flag.help, default=argparse.SUPPRESS, **reading)
 
 
 def _reading(flag: SettingFlag) -> dict[str, Any]:
@@ -133,7 +174,9 @@ def _reading(flag: SettingFlag) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
-    metavar = "PATH" if name in PATHS else "DEVICE" if name.endswith("device") else "N,N" if name == "slg.layers" else "X"
+    metavar = (
+        "PATH" if name in PATHS else "DEVICE" if name.endswith("device") else "N,N" if name == "slg.layers" else "X"
+    )
     return {"metavar": metavar, "type": _reader(flag)}
 
 
@@ -163,10 +206,5 @@ def _loras(said: Sequence[str]) -> dict[str, Any]:
     return {"lora.paths": paths, "lora.scales": scales}
 
 
-def _value(settings: Settings, name: str) -> object:
-    section, _, key = name.rpartition(".")
-    return getattr(getattr(settings, section) if section else settings, key)
-
-
 def _switch(setting: str) -> str:
-    return next(flag.names[0] for flag in ALL if cast(str, flag.settings[0]) == setting)
+    return next(flag.names[0] for flag in ALL if flag.settings[0] == setting)

@@ -24,7 +24,12 @@ Styles by name, for `zimage generate --template NAME`.
 
 def add_to(commands: Commands) -> None:
     """The command with its flags."""
-    parser = commands.add_parser("templates", help="list prompt templates, or read one", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "templates",
+        usage="zimage templates [FLAGS] [NAME]",
+        help="list prompt templates, or read one",
+        description=DESCRIPTION,
+    )
     parser.add_argument("name", metavar="NAME", nargs="?", help="The template to read.")
     parser.add_argument("--category", metavar="NAME", help="Only those of this category.")
     parser.add_argument("--search", metavar="TEXT", help="Only those with this in name, description or text.")
