@@ -106,6 +106,7 @@ def run(said: argparse.Namespace) -> int:
     with ProgressLine(sys.stderr, len(paths)) as line:
         line.say("loading the model ...")
         painter = _Painter(commission, chosen.settings)
+        line.say("")
         _note_differences(commission, painter)
         for number, (index, path) in enumerate(paths.items(), start=1):
             line.begin(number)
