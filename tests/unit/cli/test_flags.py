@@ -197,6 +197,8 @@ def test_a_flag_without_its_switch_is_refused(flag: Any, zimage: Terminal) -> No
         ("generate x --profile dem", "there is no profile `dem`; did you mean `demo`?"),
         ("generate x --set pytorch.compiled=true", "option pytorch.compiled is not a setting; did you mean"),
         ("generate x --set compile", "`compile`: settings are given as name=value"),
+        ("generate x --template art_oill", "--template: there is no template `art_oill`; did you mean `art_oil`"),
+        ("encode x --template art_oill", "--template: there is no template `art_oill`"),
         ("encode", "the following arguments are required: PROMPT"),
         ("encode x --width 64", "--width: there is no such flag"),
         ("encode x --output no/cat.safetensors", "--output: there is no folder no"),

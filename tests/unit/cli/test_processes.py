@@ -35,6 +35,7 @@ def test_what_needs_no_model_loads_none_and_nor_does_a_mistake(tmp_path: Path) -
         ["inspect", "other.png"],
         ["generate", "x", "--width", "65"],
         ["generate", "x", "--img2img", "other.png", "--strength", "2"],
+        ["generate", "x", "--template", "no_such"],
         ["encode", "x", "--hidden-layer", "0"],
     ]
     program = f"""
@@ -51,7 +52,7 @@ for line in {lines!r}:
     finished = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True
     )
-    assert finished.stdout.splitlines() == [f"{status} []" for status in (0, 0, 0, 0, 1, 2, 2, 2)]
+    assert finished.stdout.splitlines() == [f"{status} []" for status in (0, 0, 0, 0, 1, 2, 2, 2, 2)]
 
 
 @pytest.fixture
