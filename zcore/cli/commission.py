@@ -80,7 +80,7 @@ def commissioned(said: argparse.Namespace, settings: Settings) -> Commission:
 
 
 def check_template(request: GenerationRequest, settings: Settings) -> None:
-    """Raise `InvalidRequest` for a template that does not exist, which the pipeline would find only once it is loaded."""
+    """Raise `InvalidRequest` for a template that does not exist; the pipeline would find it only once it is loaded."""
     if request.template is not None:
         TemplateLibrary.load(settings.templates_path).get(request.template)
 

@@ -168,7 +168,9 @@ def _note_differences(commission: Commission, painter: _Painter) -> None:
     if commission.repeats is None:
         return
     before, now = commission.repeats.made_by, painter.made_by
-    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    # A model's name is that of its folder; which one it is, its revision says.
+    named = (before.keys() | now.keys()) - {"model"}
+    differing = sorted(name for name in named if before.get(name) != now.get(name))
     if differing:
         told = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in differing)
         print(f"zimage: note: the picture may come out differently: {told}", file=sys.stderr)

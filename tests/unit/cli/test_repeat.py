@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.unit.cli.conftest import Terminal
-from zcore.imaging.encode import read_parameters
+from zcore.imaging.encode import encode_image, read_parameters
+from zcore.request import GenerationRequest
 
 SMALL = ("--size", "64x64", "--steps", "2")
 
@@ -57,6 +58,16 @@ def test_an_input_that_is_gone_or_has_changed_has_to_be_passed(zimage: Terminal)
     zimage.paint("--from", "output.png", "--img2img", "moved.png", "--output", "again.png")
     with Image.open("output.png") as first, Image.open("again.png") as again:
         assert first.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("address", ["https://example.org/cat.png", f"input:{'0' * 64}"])
+def test_an_input_of_the_service_has_to_be_passed(address: str, zimage: Terminal) -> None:
+    request = GenerationRequest(prompt="a circle", image=address, width=64, height=64)
+    encoded = encode_image(Image.new("RGB", (64, 64)), request, 0, {}, {"image": "0" * 64})
+    Path("served.png").write_bytes(encoded.content)
+    finished = zimage("generate", "--profile", "demo", "--from", "served.png")
+    assert finished.status == 2
+    assert finished.err.startswith(f"zimage: --from: the picture began from {address}, which is not at hand")
 
 
 def test_other_flags_stand_over_what_the_picture_says(zimage: Terminal) -> None:
