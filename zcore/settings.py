@@ -210,6 +210,7 @@ class Settings(_Section, frozen=True):
     profile: str = "default"
     model_path: str = "Tongyi-MAI/Z-Image-Turbo"
     templates_dir: str = "templates/z_image"
+    more_templates_dirs: tuple[str, ...] = ()
     data_dir: str = "var"
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
@@ -248,9 +249,9 @@ class Settings(_Section, frozen=True):
         return TREE / self.data_dir
 
     @property
-    def templates_path(self) -> Path:
-        """The folder of prompt templates."""
-        return TREE / self.templates_dir
+    def templates_paths(self) -> tuple[Path, ...]:
+        """The folders of prompt templates; a later one's template takes the place of an earlier one's of its name."""
+        return tuple(TREE / folder for folder in (self.templates_dir, *self.more_templates_dirs))
 
     @property
     def model_location(self) -> str:

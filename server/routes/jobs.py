@@ -29,8 +29,8 @@ from server.dependencies import (
     NamedWatch,
     Owner,
 )
-from server.problems import MEDIA_TYPE
-from server.schemas import SUBMISSION_EXAMPLES, JobPage, Problem, submission_schema
+from server.problems import refusal
+from server.schemas import SUBMISSION_EXAMPLES, JobPage, submission_schema
 from zcore.errors import Gone, InvalidRequest
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
@@ -45,18 +45,14 @@ LONGEST_WAIT_S = 60
 POLL_AGAIN_S = 1
 
 
-def _refusal(description: str) -> ResponseSpec:
-    return ResponseSpec(Problem, description=description, media_type=MEDIA_TYPE)
-
-
 _problems = {
-    400: _refusal("A field is outside its bounds; `errors` names each"),
-    401: _refusal("No API key, or a wrong one"),
-    503: _refusal("The database does not answer"),
+    400: refusal("A field is outside its bounds; `errors` names each"),
+    401: refusal("No API key, or a wrong one"),
+    503: refusal("The database does not answer"),
 }
 _no_such_job = {
     401: _problems[401],
-    404: _refusal("There is no such job"),
+    404: refusal("There is no such job"),
     503: _problems[503],
 }
 
@@ -83,9 +79,9 @@ def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler
     responses={
         **_problems,
         200: ResponseSpec(JobResource, description="The job ended within `Prefer: wait`"),
-        413: _refusal("The body is larger than 1 MiB"),
-        415: _refusal("The body is not `application/json`"),
-        422: _refusal("The Idempotency-Key was used with another body"),
+        413: refusal("The body is larger than 1 MiB"),
+        415: refusal("The body is not `application/json`"),
+        422: refusal("The Idempotency-Key was used with another body"),
     },
 )
 async def generate(
@@ -218,8 +214,8 @@ def cancel_job(
     status_code=302,
     responses={
         **_no_such_job,
-        404: _refusal("There is no such job or picture"),
-        410: _refusal("The picture was purged after its retention time"),
+        404: refusal("There is no such job or picture"),
+        410: refusal("The picture was purged after its retention time"),
     },
     sync_to_thread=True,
 )

@@ -276,7 +276,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_paths_lie_in_the_tree_unless_they_are_absolute() -> None:
     assert load_settings({}).data_path == TREE / "var"
     assert load_settings({"ZIMAGE_DATA_DIR": "/srv/zimage"}).data_path == Path("/srv/zimage")
-    assert load_settings({}).templates_path == TREE / "templates" / "z_image"
+    assert load_settings({}).templates_paths == (TREE / "templates" / "z_image",)
+    more = load_settings({"ZIMAGE_MORE_TEMPLATES_DIRS": '["/ours", "mine"]'})
+    assert more.templates_paths == (TREE / "templates" / "z_image", Path("/ours"), TREE / "mine")
 
 
 def test_without_a_database_it_is_a_file_in_the_data_folder() -> None:
