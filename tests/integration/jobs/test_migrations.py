@@ -96,7 +96,7 @@ def test_migrated_tables_equal_those_made_from_the_models_to_the_letter(pair: Pa
         expected, found = shape(modelled.engine), shape(migrated.engine)
     assert sorted(found) == sorted(Table.metadata.tables)
     assert found == expected
-    assert len(found["jobs"]["checks"]) == 6
+    assert len(found["jobs"]["checks"]) == 8
 
 
 def test_down_to_the_first_revision_and_up_again(pair: Pair) -> None:

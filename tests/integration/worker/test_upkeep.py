@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 
 from tests.integration.worker.conftest import Studio
+from tests.integration.worker.painter import Bell
 from tests.waiting import wait_until
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
@@ -12,20 +13,10 @@ from zcore.jobs import lifecycle, presence, queries
 from zcore.jobs.models import Worker
 
 
-class Bell:
-    """Counts its rings."""
-
-    def __init__(self) -> None:
-        self.rings = 0
-
-    def __call__(self) -> None:
-        self.rings += 1
-
-
 @pytest.fixture
-def bell() -> Bell:
+def bell(studio: Studio) -> Bell:
     """What upkeep rings."""
-    return Bell()
+    return studio.bell
 
 
 @pytest.fixture
