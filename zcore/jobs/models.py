@@ -115,15 +115,9 @@ class Job(Table):
     completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
-    stage: Mapped[str] = mapped_column(
-        String(20),
-        CheckConstraint(f"stage IN ({_listed(tuple(Stage))})", name="stage_known"),
-        server_default=Stage.GENERATE,
-    )
+    stage: Mapped[str] = mapped_column(String(20), server_default=Stage.GENERATE)
     # The attempt that encoded the prompt, or began to; None when no embedding of this job can be in storage.
-    embedding_attempt: Mapped[int | None] = mapped_column(
-        Integer, CheckConstraint("embedding_attempt BETWEEN 1 AND attempt", name="embedding_has_attempt")
-    )
+    embedding_attempt: Mapped[int | None] = mapped_column(Integer)
 
     outputs: Mapped[list["Output"]] = relationship(order_by="Output.position", lazy="selectin")
 
@@ -139,6 +133,8 @@ class Job(Table):
         CheckConstraint("(status = 'failed') = (error_code IS NOT NULL)", name="failed_has_error"),
         CheckConstraint("(status IN ('succeeded', 'expired')) = (expires_at IS NOT NULL)", name="pictures_expire"),
         CheckConstraint("attempt >= 0 AND attempts_left >= 0", name="attempts_counted"),
+        CheckConstraint(f"stage IN ({_listed(tuple(Stage))})", name="stage_known"),
+        CheckConstraint("embedding_attempt BETWEEN 1 AND attempt", name="embedding_has_attempt"),
         # The queue itself: what claim reads, in its order.
         Index(
             "ix_jobs_queue",
