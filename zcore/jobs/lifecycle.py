@@ -134,6 +134,7 @@ def claim(
     Who serves both stages is expected to do the whole job; who only encodes has it noted, before anything is stored,
     that this attempt may leave an embedding.
     """
+    only_encodes = Stage.GENERATE not in stages
     best = (
         select(Job.id)
         .where(Job.status == State.QUEUED, Job.available_at <= transaction.now, *_at(stages))
@@ -153,8 +154,8 @@ def claim(
         lease_token=uuid.uuid4(),
         lease_until=transaction.now + timedelta(seconds=lease_s),
         started_at=transaction.now,
+        embedding_attempt=Job.attempt + 1 if only_encodes else Job.embedding_attempt,
         **_NO_PROGRESS,
-        **({} if Stage.GENERATE in stages else {"embedding_attempt": Job.attempt + 1}),
     )
 
 
