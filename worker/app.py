@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.deliver import Deliverer
 from worker.generate import Generator
+from worker.inputs import InputSource
 from worker.presence import Presence
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
@@ -74,6 +75,7 @@ def run_worker(arguments: Sequence[str]) -> None:
         pipeline,
         parts.database,
         parts.storage,
+        InputSource(parts.database, parts.storage, settings.webhooks, settings.limits.max_input_bytes),
         settings.jobs,
         settings.worker,
         name=name,

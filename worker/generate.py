@@ -1,6 +1,6 @@
 """One job after another, as long as any is due: claim, paint, store, complete.
 
-Takes a loaded pipeline, the database and the storage; `drain` is what a ring of the doorbell runs. While the next
+Takes a loaded pipeline, the database, the storage and the source of inputs; `drain` is what a ring of the doorbell runs. While the next
 picture is painted, the last one is encoded, uploaded and completed by other threads. Every way a job can end is here.
 Does not know Celery.
 """
@@ -17,6 +17,7 @@ import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker import pictures
+from worker.inputs import FetchedInputs, InputSource
 from worker.pulse import Pulse
 from worker.shutdown import Shutdown
 from zcore.errors import (
@@ -51,6 +52,7 @@ class _Painted:
     lease: Lease
     pulse: Pulse
     request: GenerationRequest
+    inputs: FetchedInputs
     result: "GenerationResult"
 
 
@@ -62,6 +64,7 @@ class Generator:
         pipeline: "ZImagePipeline",
         database: Database,
         storage: Storage,
+        inputs: InputSource,
         jobs: JobsSettings,
         settings: WorkerSettings,
         name: str,
@@ -75,6 +78,7 @@ class Generator:
         self._pipeline = pipeline
         self._database = database
         self._storage = storage
+        self._inputs = inputs
         self._jobs = jobs
         self._settings = settings
         self._name = name
@@ -120,7 +124,8 @@ class Generator:
         pulse.start()
         try:
             request = msgspec.convert(job.request, GenerationRequest)
-            result = self._pipeline.generate(request, pulse.on_step)
+            inputs = self._inputs.fetch(request, job.owner)
+            result = self._pipeline.generate(request, pulse.on_step, inputs.pictures)
         except Exception as fault:
             pulse.stop()
             self._end_unpainted(lease, fault)
@@ -128,7 +133,7 @@ class Generator:
             return
         self._crashes = 0
         self._backlog.acquire()
-        self._uploads.submit(self._store, _Painted(job, lease, pulse, request, result))
+        self._uploads.submit(self._store, _Painted(job, lease, pulse, request, inputs, result))
 
     def _count_crash(self, fault: Exception) -> None:
         """A GPU that failed once fails every later call of its process: such a worker leaves before it spoils the
@@ -175,7 +180,8 @@ class Generator:
         """Encodes and stores one picture; tries again until `give_up_at`, while nothing calls the job off."""
         painted.pulse.check()
         image = painted.result.images[index]
-        encoded = encode_image(image.image, painted.request, image.index, self._pipeline.describe())
+        engine, sha256s = self._pipeline.describe(), painted.inputs.sha256s
+        encoded = encode_image(image.image, painted.request, image.index, engine, sha256s)
         key = pictures.key_of(painted.job.id, painted.job.attempt, index, encoded.format)
         for attempt in count():
             try:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker import pictures
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
-from zcore.jobs import lifecycle, presence, queries
+from zcore.jobs import inputs, lifecycle, presence, queries
 from zcore.jobs.database import Database
 from zcore.storage import Storage
 from zcore.telemetry import log
@@ -56,7 +56,7 @@ class Upkeep:
 
     def tick(self) -> None:
         """Every chore once. One that fails is logged and does not keep the others from their turn."""
-        for chore in (self._rescue, self._announce_again, self._expire, self._forget):
+        for chore in (self._rescue, self._announce_again, self._expire, self._expire_inputs, self._forget):
             try:
                 chore()
             except (SQLAlchemyError, StorageError) as fault:
@@ -110,6 +110,16 @@ class Upkeep:
                 expired = lifecycle.expire(transaction, job.id)
             if expired is not None:
                 log.info("job.expired", job_id=str(job.id))
+
+    def _expire_inputs(self) -> None:
+        """Bytes first, their rows locked: an upload of the same bytes waits, and then stores them again."""
+        with self._database.write() as transaction:
+            past = inputs.past_retention(transaction, EXPIRED_AT_ONCE)
+            self._storage.delete([inputs.key_of(row.owner, row.sha256) for row in past])
+            for row in past:
+                transaction.session.delete(row)
+        if past:
+            log.info("inputs.expired", count=len(past))
 
     def _forget(self) -> None:
         if time.monotonic() < self._forget_at:

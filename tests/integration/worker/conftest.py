@@ -13,13 +13,14 @@ import pytest
 from tests.integration.worker.painter import Painter
 from tests.waiting import wait_until
 from worker.generate import Generator
+from worker.inputs import InputSource
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job
 from zcore.request import GenerationDefaults, RequestLimits, parse_submission
-from zcore.settings import JobsSettings, WorkerSettings
+from zcore.settings import JobsSettings, WebhooksSettings, WorkerSettings
 from zcore.storage import DirectoryStorage
 
 
@@ -52,6 +53,7 @@ class Studio:
     painter: Painter
     ended: threading.Event
     broken: threading.Event = field(default_factory=threading.Event)
+    web: WebhooksSettings = field(default_factory=lambda: WebhooksSettings(allow_private_addresses=True))
 
     def generator(
         self, grace_s: float = 60, name: str = "worker-1", painter: Painter | None = None, **changed: Any
@@ -67,6 +69,7 @@ class Studio:
             painter or self.painter,
             self.database,
             self.storage,
+            InputSource(self.database, self.storage, self.web, RequestLimits().max_input_bytes),
             jobs,
             settings,
             name,

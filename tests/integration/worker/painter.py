@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from zcore.imaging.inputs import Inputs
 from zcore.request import GenerationRequest
 
 Between = Callable[[GenerationRequest, int], None]
@@ -53,11 +54,13 @@ class Painter:
 
     between: Between = lambda _request, _step: None
     begun: list[GenerationRequest] = field(default_factory=list)
+    given: list[Inputs] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
 
-    def generate(self, request: GenerationRequest, on_step: Callable[[Any], None]) -> Result:
+    def generate(self, request: GenerationRequest, on_step: Callable[[Any], None], inputs: Inputs) -> Result:
         """The pictures, step by step."""
         self.begun.append(request)
+        self.given.append(inputs)
         forwards = request.steps * request.n
         for step in range(forwards):
             self.between(request, step)
