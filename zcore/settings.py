@@ -35,6 +35,7 @@ from zcore.request import (
     Steps,
     said_plainly,
 )
+from zcore.stages import Stage
 
 TREE = Path(__file__).resolve().parent.parent
 ENVIRONMENT_PREFIX = "ZIMAGE_"
@@ -174,11 +175,19 @@ class JobsSettings(_Section, frozen=True):
     lease_s: Seconds = 30.0
     retry_delay_s: Delay = 2.0
     retention_s: Seconds = 30 * 86_400.0
+    input_retention_s: Seconds = 86_400.0
+    split_encoding: bool = False
+
+    @property
+    def first_stage(self) -> Stage:
+        """Where a job begins."""
+        return Stage.ENCODE if self.split_encoding else Stage.GENERATE
 
 
 class WorkerSettings(_Section, frozen=True):
-    """The GPU worker. `upkeep` = false leaves clock work to `python -m worker.upkeep`."""
+    """A worker. `upkeep` = false leaves clock work to `python -m worker.upkeep`."""
 
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1)] = tuple(Stage)
     upkeep: bool = True
     upkeep_interval_s: Seconds = 1.0
     progress_interval_s: Seconds = 0.25

@@ -39,6 +39,7 @@ from zcore.jobs.resource import JobResource, describe
 from zcore.jobs.states import TERMINAL, State
 from zcore.request import UNWRITABLE, Submission, parse_submission
 from zcore.settings import Settings
+from zcore.stages import Stage
 from zcore.storage import Storage
 
 LONGEST_WAIT_S = 60
@@ -120,7 +121,7 @@ async def generate(
     accepted = await asyncio.to_thread(
         _accept, database, settings, storage, submission, owner, _fingerprint(data), _bare(idempotency_key)
     )
-    doorbell.announce()
+    doorbell.announce(accepted.stage)
     resource = accepted.resource
     wait_s = _wanted_wait_s(prefer)
     if wait_s is not None and resource.status not in TERMINAL:
@@ -233,6 +234,7 @@ def get_output(
 @dataclass(frozen=True, slots=True)
 class _Accepted:
     job_id: uuid.UUID
+    stage: Stage
     resource: JobResource
     replayed: bool
 
@@ -248,11 +250,17 @@ def _accept(
 ) -> _Accepted:
     with database.write() as transaction:
         submitted = lifecycle.submit(
-            transaction, submission, owner, fingerprint, settings.jobs.max_attempts, idempotency_key
+            transaction,
+            submission,
+            owner,
+            fingerprint,
+            settings.jobs.max_attempts,
+            idempotency_key,
+            settings.jobs.first_stage,
         )
         position = queries.queue_position(transaction, submitted.job)
         resource = describe(submitted.job, settings.public_url, storage.link, position)
-    return _Accepted(submitted.job.id, resource, submitted.replayed)
+    return _Accepted(submitted.job.id, Stage(submitted.job.stage), resource, submitted.replayed)
 
 
 def _look_up(database: Database, settings: Settings, storage: Storage, job_id: uuid.UUID, owner: str) -> JobResource:
