@@ -82,7 +82,7 @@ def commissioned(said: argparse.Namespace, settings: Settings) -> Commission:
 def check_template(request: GenerationRequest, settings: Settings) -> None:
     """Raise `InvalidRequest` for a template that does not exist; the pipeline would find it only once it is loaded."""
     if request.template is not None:
-        TemplateLibrary.load(settings.templates_path).get(request.template)
+        TemplateLibrary.load(*settings.templates_paths).get(request.template)
 
 
 def _original(path: Path) -> PictureParameters:
