@@ -84,7 +84,9 @@ def test_other_flags_stand_over_what_the_picture_says(zimage: Terminal) -> None:
 
 def test_what_paints_it_differently_than_then_is_told(zimage: Terminal) -> None:
     zimage.paint("a red circle", *SMALL)
-    finished = zimage("generate", "--profile", "demo", "--dtype", "bfloat16", "--from", "output.png")
+    finished = zimage(
+        "generate", "--profile", "demo", "--dtype", "bfloat16", "--from", "output.png", "--output", "a.jpg"
+    )
     assert finished.status == 0
     assert "the picture may come out differently: " in finished.err
     assert "transformer_dtype was float32 and is bfloat16" in finished.err
