@@ -1,10 +1,13 @@
 """What the API says of itself beyond the job: shapes of answers, and the request's schema and examples for OpenAPI."""
 
+from datetime import datetime
 from typing import Any
 
 import msgspec
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 
+from server.problems import MEDIA_TYPE
 from zcore.jobs.resource import JobResource
 from zcore.request import Delivery, GenerationRequest
 
@@ -15,6 +18,20 @@ class JobPage(msgspec.Struct, frozen=True):
     jobs: list[JobResource]
     next_cursor: str | None
     next: str | None
+
+
+class UploadedInput(msgspec.Struct, frozen=True):
+    """An uploaded picture. `id` is what `image` and `mask` of a submission take until `expires_at`.
+
+    Width and height are pixels of the upright picture, `bytes` those of the file.
+    """
+
+    id: str
+    width: int
+    height: int
+    format: str
+    bytes: int
+    expires_at: datetime
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -35,6 +52,11 @@ class Problem(msgspec.Struct, frozen=True):
     instance: str
     code: str
     errors: list[dict[str, str]] = []
+
+
+def refusal(description: str) -> ResponseSpec:
+    """A problem, as OpenAPI lists it among a route's answers."""
+    return ResponseSpec(Problem, description=description, media_type=MEDIA_TYPE)
 
 
 def submission_schema() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One job after another, as long as any is due: claim, paint, store, complete.
 
-Takes a loaded pipeline, the database, the storage and the source of inputs; `drain` is what a ring of the doorbell runs. While the next
-picture is painted, the last one is encoded, uploaded and completed by other threads. Every way a job can end is here.
-Does not know Celery.
+Takes a loaded pipeline, the database, the storage and the source of inputs; `drain` is what a ring of the doorbell
+runs. While the next picture is painted, the last one is encoded, uploaded and completed by other threads. Every way a
+job can end is here. Does not know Celery.
 """
 
 import threading

@@ -11,15 +11,13 @@ from urllib.parse import urlencode
 
 import msgspec
 from litestar import Response, get, post
-from litestar.connection import ASGIConnection
 from litestar.datastructures import ResponseHeader
 from litestar.enums import RequestEncodingType
-from litestar.exceptions import HTTPException
-from litestar.handlers import BaseRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import BodyKwarg, FromPath, FromQuery, HeaderParameter, QueryParameter
 from litestar.response import Redirect
 
+from server import media_types
 from server.dependencies import (
     NamedDatabase,
     NamedDoorbell,
@@ -29,8 +27,7 @@ from server.dependencies import (
     NamedWatch,
     Owner,
 )
-from server.problems import MEDIA_TYPE
-from server.schemas import SUBMISSION_EXAMPLES, JobPage, Problem, submission_schema
+from server.schemas import SUBMISSION_EXAMPLES, JobPage, refusal, submission_schema
 from zcore.errors import Gone, InvalidRequest
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
@@ -45,32 +42,21 @@ LONGEST_WAIT_S = 60
 POLL_AGAIN_S = 1
 
 
-def _refusal(description: str) -> ResponseSpec:
-    return ResponseSpec(Problem, description=description, media_type=MEDIA_TYPE)
-
-
 _problems = {
-    400: _refusal("A field is outside its bounds; `errors` names each"),
-    401: _refusal("No API key, or a wrong one"),
-    503: _refusal("The database does not answer"),
+    400: refusal("A field is outside its bounds; `errors` names each"),
+    401: refusal("No API key, or a wrong one"),
+    503: refusal("The database does not answer"),
 }
 _no_such_job = {
     401: _problems[401],
-    404: _refusal("There is no such job"),
+    404: refusal("There is no such job"),
     503: _problems[503],
 }
 
 
-def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """Only JSON by name: a page of another site can make a browser post anything else to this machine, but not that."""
-    kind = connection.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise HTTPException(status_code=415, detail=f"the body has to be application/json, not {kind or 'unnamed'}")
-
-
 @post(
     "/api/generate",
-    guards=[_is_json],
+    guards=[media_types.only("application/json")],
     status_code=202,
     tags=["jobs"],
     summary="Submit a picture to be painted",
@@ -83,9 +69,9 @@ def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler
     responses={
         **_problems,
         200: ResponseSpec(JobResource, description="The job ended within `Prefer: wait`"),
-        413: _refusal("The body is larger than 1 MiB"),
-        415: _refusal("The body is not `application/json`"),
-        422: _refusal("The Idempotency-Key was used with another body"),
+        413: refusal("The body is larger than 1 MiB"),
+        415: refusal("The body is not `application/json`"),
+        422: refusal("The Idempotency-Key was used with another body"),
     },
 )
 async def generate(
@@ -218,8 +204,8 @@ def cancel_job(
     status_code=302,
     responses={
         **_no_such_job,
-        404: _refusal("There is no such job or picture"),
-        410: _refusal("The picture was purged after its retention time"),
+        404: refusal("There is no such job or picture"),
+        410: refusal("The picture was purged after its retention time"),
     },
     sync_to_thread=True,
 )
