@@ -1,6 +1,8 @@
 """The clock: what was lost is found, what is over is cleared, and nothing stops the clock itself."""
 
+import contextlib
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -257,3 +259,24 @@ def test_an_upload_that_cannot_be_deleted_now_is_deleted_later(
     assert studio.storage.pictures() == [key]
     upkeep.tick()
     assert studio.storage.pictures() == []
+
+
+def test_an_upload_of_what_is_just_being_deleted_is_there_afterwards(
+    studio: Studio, upkeep: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = upload(studio, "past")
+    let_uploads_expire(studio)
+    delete = studio.storage.delete
+    with ThreadPoolExecutor(1) as pool:
+        uploads: list[Future[str]] = []
+
+        def delete_late(keys: list[str]) -> None:
+            uploads.append(pool.submit(upload, studio, "past"))
+            with contextlib.suppress(TimeoutError):
+                uploads[0].result(timeout=0.3)  # it could store its bytes now, where nothing held it back
+            delete(keys)
+
+        monkeypatch.setattr(studio.storage, "delete", delete_late)
+        upkeep.tick()
+        assert uploads[0].result(30) == key
+    assert studio.storage.pictures() == [key]
