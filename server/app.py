@@ -18,6 +18,7 @@ from litestar.types import ControllerRouterHandler
 from server.auth import Callers
 from server.limits import PromptLimit
 from server.pages import admin_routes, answer_people, template_config
+from server.playground import playground
 from server.problems import EXCEPTION_HANDLERS
 from server.routes import files, health, jobs
 from server.watch import Watch
@@ -78,7 +79,7 @@ def create_app(settings: Settings) -> Litestar:
         "watch": watch,
     }
     return Litestar(
-        [*ROUTES, *admin_routes(keys.admin, settings.public_url)],
+        [*ROUTES, playground, *admin_routes(keys.admin, settings.public_url)],
         dependencies={
             **{name: _same(part) for name, part in parts.items()},
             "owner": Provide(owner, sync_to_thread=False),
