@@ -11,6 +11,7 @@ const LOOK_EVERY_MS = 1000;
 const COUNT_AFTER_MS = 300;
 const PICTURES_KEPT = 24;
 const KEY = "zimage.key";
+const BELOW = matchMedia("(max-width: 800px)"); // the pictures stand below the form
 
 const part = (id) => document.getElementById(id);
 const form = part("request");
@@ -247,7 +248,7 @@ async function generate(event) {
 async function follow(job) {
   following = job;
   part("cancel").disabled = false;
-  part("state").scrollIntoView({ block: "nearest" });
+  if (BELOW.matches) part("outcome").scrollIntoView();
   while (!ENDED.includes(following.status)) {
     showProgress(following);
     await new Promise((resolve) => setTimeout(resolve, LOOK_EVERY_MS));

@@ -75,12 +75,12 @@ def test_everything_behind_more_reaches_the_request(admin: Served, playground: P
     playground.get_by_label("Negative prompt").fill("fog")
     playground.get_by_label("Guidance scale").fill("2.5")
     playground.get_by_label("Hidden layer").fill("-1")
-    playground.get_by_label("Passes").select_option(label="Two passes: half the size first")
+    playground.get_by_label("Passes").select_option(label="Two passes")
     playground.get_by_label("System prompt").fill("Paint.")
     playground.get_by_label("Thinking").fill("A tower.")
     playground.get_by_label("Assistant").fill("Here.")
     playground.get_by_label("Think block").select_option(label="Forced")
-    playground.get_by_label("A prompt that is too long").select_option("pool")
+    playground.get_by_label("Long prompts").select_option("pool")
     playground.get_by_label("Strip quotes from the prompt").check()
     playground.get_by_label("Clean its whitespace").check()
     generate(playground)
@@ -103,6 +103,7 @@ def test_everything_behind_more_reaches_the_request(admin: Served, playground: P
 def test_a_picture_s_seed_and_the_picture_itself_begin_the_next_one(admin: Served, playground: Page) -> None:
     playground.get_by_label("Prompt", exact=True).fill("a lighthouse")
     generate(playground)
+    submitted(admin)
     first = paint(admin, claim(admin.database))
     playground.get_by_role("button", name="Use this seed").click()
     expect(playground.get_by_label("Seed")).to_have_value(str(first.outputs[0].seed))
@@ -151,7 +152,7 @@ def test_tokens_are_counted_while_one_writes(playground: Page) -> None:
     few = counted.inner_text()
     playground.get_by_label("Template").select_option(index=1)
     expect(counted).not_to_have_text(few)
-    playground.get_by_label("Prompt", exact=True).fill("tower " * 3000)
+    playground.get_by_label("Prompt", exact=True).fill("tower " * 2000)
     expect(counted).to_have_text(re.compile(r"too long \(interpolate\)$"))
     playground.get_by_label("Prompt", exact=True).fill("")
     expect(counted).to_be_empty()
@@ -220,8 +221,8 @@ def generate(page: Page) -> None:
 
 def give_key(page: Page, key: str) -> None:
     """Type a key and leave its field."""
-    page.get_by_label("API key").fill(key)
-    page.get_by_label("API key").press("Tab")
+    page.get_by_label("API key", exact=True).fill(key)
+    page.get_by_label("API key", exact=True).press("Tab")
 
 
 def fault_at(page: Page, label: str) -> Locator:
