@@ -20,7 +20,7 @@ from server.limits import PromptLimit
 from server.pages import admin_routes, answer_people, template_config
 from server.playground import playground
 from server.problems import EXCEPTION_HANDLERS
-from server.routes import files, health, jobs
+from server.routes import files, health, jobs, prompts, sizes
 from server.watch import Watch
 from zcore.broker import Doorbell, make_app
 from zcore.errors import StorageError
@@ -39,6 +39,10 @@ ROUTES: list[ControllerRouterHandler] = [
     jobs.get_job,
     jobs.cancel_job,
     jobs.get_output,
+    prompts.list_templates,
+    prompts.get_template,
+    prompts.format_prompt,
+    sizes.list_sizes,
     files.file,
 ]
 
@@ -75,7 +79,7 @@ def create_app(settings: Settings) -> Litestar:
         "database": database,
         "storage": storage,
         "doorbell": doorbell,
-        "prompt_limit": PromptLimit.load(settings.templates_path, settings.model_location),
+        "prompt_limit": PromptLimit.load(settings.templates_paths, settings.model_location),
         "watch": watch,
     }
     return Litestar(

@@ -47,6 +47,7 @@ from zcore.jobs.queries import COUNTED_AT_MOST, JobFilter
 from zcore.jobs.states import TERMINAL, State
 from zcore.request import GenerationRequest
 from zcore.settings import TREE
+from zcore.stages import Stage
 from zcore.storage import Storage
 
 PAGES_PATH = TREE / "templates" / "pages"
@@ -262,11 +263,11 @@ def retry(
     found = _job_id(job_id)
     try:
         with database.write() as transaction:
-            lifecycle.retry(transaction, found, settings.jobs.max_attempts)
+            job = lifecycle.retry(transaction, found, settings.jobs.max_attempts, settings.jobs.first_stage)
     except Conflict as conflict:
         notify(request, f"Nothing was changed: {conflict.message}.", refused=True)
     else:
-        doorbell.announce()
+        doorbell.announce(Stage(job.stage))
         notify(request, "The job is back in the queue.")
     return _to_job(found)
 

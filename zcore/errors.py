@@ -12,6 +12,7 @@
     ├── Unauthorized              no key, or a wrong one
     ├── InvalidLink               a signed link is tampered with or too old
     ├── CheckpointError           the model cannot be loaded as configured
+    ├── EmbeddingLost             a job's stored embedding is not there, or does not fit
     ├── OutOfMemory               the accelerator's memory did not suffice
     ├── StorageError              the object store did not take or give an object
     └── Interruption              a running generation was asked to stop; says how, not a fault
@@ -121,6 +122,13 @@ class CheckpointError(ZImageError):
     """The model cannot be loaded as configured: the folder, a file in it, or the device is not what it has to be."""
 
     code = "model_unavailable"
+
+
+class EmbeddingLost(ZImageError):
+    """The embedding that another worker stored for a job is not in storage, or is not one of this model."""
+
+    code = "embedding_lost"
+    retryable = True
 
 
 class OutOfMemory(ZImageError):

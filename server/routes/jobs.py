@@ -29,8 +29,8 @@ from server.dependencies import (
     NamedWatch,
     Owner,
 )
-from server.problems import MEDIA_TYPE
-from server.schemas import SUBMISSION_EXAMPLES, JobPage, Problem, submission_schema
+from server.problems import refusal
+from server.schemas import SUBMISSION_EXAMPLES, JobPage, submission_schema
 from zcore.errors import Gone, InvalidRequest
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
@@ -39,24 +39,21 @@ from zcore.jobs.resource import JobResource, describe
 from zcore.jobs.states import TERMINAL, State
 from zcore.request import UNWRITABLE, Submission, parse_submission
 from zcore.settings import Settings
+from zcore.stages import Stage
 from zcore.storage import Storage
 
 LONGEST_WAIT_S = 60
 POLL_AGAIN_S = 1
 
 
-def _refusal(description: str) -> ResponseSpec:
-    return ResponseSpec(Problem, description=description, media_type=MEDIA_TYPE)
-
-
 _problems = {
-    400: _refusal("A field is outside its bounds; `errors` names each"),
-    401: _refusal("No API key, or a wrong one"),
-    503: _refusal("The database does not answer"),
+    400: refusal("A field is outside its bounds; `errors` names each"),
+    401: refusal("No API key, or a wrong one"),
+    503: refusal("The database does not answer"),
 }
 _no_such_job = {
     401: _problems[401],
-    404: _refusal("There is no such job"),
+    404: refusal("There is no such job"),
     503: _problems[503],
 }
 
@@ -83,9 +80,9 @@ def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler
     responses={
         **_problems,
         200: ResponseSpec(JobResource, description="The job ended within `Prefer: wait`"),
-        413: _refusal("The body is larger than 1 MiB"),
-        415: _refusal("The body is not `application/json`"),
-        422: _refusal("The Idempotency-Key was used with another body"),
+        413: refusal("The body is larger than 1 MiB"),
+        415: refusal("The body is not `application/json`"),
+        422: refusal("The Idempotency-Key was used with another body"),
     },
 )
 async def generate(
@@ -124,7 +121,7 @@ async def generate(
     accepted = await asyncio.to_thread(
         _accept, database, settings, storage, submission, owner, _fingerprint(data), _bare(idempotency_key)
     )
-    doorbell.announce()
+    doorbell.announce(accepted.stage)
     resource = accepted.resource
     wait_s = _wanted_wait_s(prefer)
     if wait_s is not None and resource.status not in TERMINAL:
@@ -218,8 +215,8 @@ def cancel_job(
     status_code=302,
     responses={
         **_no_such_job,
-        404: _refusal("There is no such job or picture"),
-        410: _refusal("The picture was purged after its retention time"),
+        404: refusal("There is no such job or picture"),
+        410: refusal("The picture was purged after its retention time"),
     },
     sync_to_thread=True,
 )
@@ -237,6 +234,7 @@ def get_output(
 @dataclass(frozen=True, slots=True)
 class _Accepted:
     job_id: uuid.UUID
+    stage: Stage
     resource: JobResource
     replayed: bool
 
@@ -252,11 +250,17 @@ def _accept(
 ) -> _Accepted:
     with database.write() as transaction:
         submitted = lifecycle.submit(
-            transaction, submission, owner, fingerprint, settings.jobs.max_attempts, idempotency_key
+            transaction,
+            submission,
+            owner,
+            fingerprint,
+            settings.jobs.max_attempts,
+            idempotency_key,
+            settings.jobs.first_stage,
         )
         position = queries.queue_position(transaction, submitted.job)
         resource = describe(submitted.job, settings.public_url, storage.link, position)
-    return _Accepted(submitted.job.id, resource, submitted.replayed)
+    return _Accepted(submitted.job.id, Stage(submitted.job.stage), resource, submitted.replayed)
 
 
 def _look_up(database: Database, settings: Settings, storage: Storage, job_id: uuid.UUID, owner: str) -> JobResource:

@@ -20,6 +20,7 @@ from zcore.errors import InvalidRequest
 from zcore.imaging.encode import PictureParameters, read_parameters
 from zcore.imaging.input_picture import open_picture
 from zcore.imaging.text.embedding_header import read_header
+from zcore.imaging.text.templates import TemplateLibrary
 from zcore.request import GIVEN, SEED_BOUND, SIZE_FIELDS, GenerationRequest, parse_generation
 from zcore.settings import Settings
 from zcore.sizes import SIDE_MULTIPLE_PX
@@ -69,12 +70,19 @@ def commissioned(said: argparse.Namespace, settings: Settings) -> Commission:
     if original is None and not fields.keys() & {"width", "height", *SIZE_FIELDS}:
         decided |= _own_size(given)
     request = parse_generation(decided, settings.generation_defaults, settings.limits)
+    check_template(request, settings)
     if original is None or fields.keys() & {"seed", "n"}:
         return Commission(request, tuple(range(request.n)), given)
     # The request that it was one picture of, so that it is numbered as it was.
     first_seed = (request.seed - original.index) % SEED_BOUND
     whole = msgspec.structs.replace(request, seed=first_seed)
     return Commission(whole, (original.index,), given, None if fields else original)
+
+
+def check_template(request: GenerationRequest, settings: Settings) -> None:
+    """Raise `InvalidRequest` for a template that does not exist, which the pipeline would find only once it is loaded."""
+    if request.template is not None:
+        TemplateLibrary.load(settings.templates_path).get(request.template)
 
 
 def _original(path: Path) -> PictureParameters:

@@ -22,6 +22,7 @@ from tests.waiting import wait_until
 from zcore.jobs import lifecycle, presence, webhooks
 from zcore.jobs.states import State
 from zcore.jobs.webhooks import AttemptOutcome
+from zcore.stages import Stage
 from zcore.storage import open_storage
 
 
@@ -124,10 +125,10 @@ def test_times_narrow_the_list(admin: Served, page: Page) -> None:
 def test_workers_that_are_there_are_named(admin: Served, page: Page) -> None:
     expect(page.get_by_text("No worker is present")).to_be_visible()
     with admin.database.write() as transaction:
-        presence.show(transaction, "painter-7", "zcore/demo/checkpoint", "cpu")
+        presence.show(transaction, "painter-7", "zcore/demo/checkpoint", "cpu", [Stage.GENERATE])
     page.reload()
     page.get_by_text("1 worker present").click()
-    expect(page.get_by_text("painter-7")).to_be_visible()
+    expect(page.get_by_text("painter-7 generate · cpu")).to_be_visible()
 
 
 def test_a_picture_is_shown_on_both_pages(admin: Served, page: Page) -> None:
@@ -166,6 +167,14 @@ def test_a_prompt_is_text_whatever_it_holds(admin: Served, page: Page) -> None:
     expect(page.get_by_role("region", name="Prompt").locator("p")).to_have_text(prompt)
     assert "taken" not in page.title().split(" · ")[1]
     assert page.locator("b").count() == 0
+
+
+def test_a_job_whose_prompt_waits_to_be_encoded_says_so(admin: Served, page: Page) -> None:
+    job = submit(admin.database, stage=Stage.ENCODE)
+    page.reload()
+    expect(page.get_by_role("cell", name="queued to encode")).to_be_visible()
+    page.goto(f"{admin.url}/admin/jobs/{job.id}")
+    expect(page.get_by_text("Next in the queue to encode")).to_be_visible()
 
 
 def test_a_queued_job_is_canceled(admin: Served, page: Page) -> None:

@@ -5,27 +5,19 @@ from datetime import timedelta
 import pytest
 
 from tests.integration.worker.conftest import Studio
+from tests.integration.worker.painter import Bell
 from tests.waiting import wait_until
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
 from zcore.jobs import lifecycle, presence, queries
 from zcore.jobs.models import Worker
-
-
-class Bell:
-    """Counts its rings."""
-
-    def __init__(self) -> None:
-        self.rings = 0
-
-    def __call__(self) -> None:
-        self.rings += 1
+from zcore.stages import Stage
 
 
 @pytest.fixture
-def bell() -> Bell:
+def bell(studio: Studio) -> Bell:
     """What upkeep rings."""
-    return Bell()
+    return studio.bell
 
 
 @pytest.fixture
@@ -110,6 +102,18 @@ def test_busy_workers_are_not_rung_for_and_each_idle_one_is_once(studio: Studio,
         presence.show(transaction, "worker-2", "a model", "cpu")
     upkeep.tick()
     assert bell.rings == 2
+
+
+def test_rings_are_for_workers_of_the_stage_that_jobs_wait_at(studio: Studio, upkeep: Upkeep, bell: Bell) -> None:
+    for stage in (Stage.ENCODE, Stage.ENCODE, Stage.ENCODE, Stage.GENERATE, Stage.GENERATE):
+        studio.submit(stage=stage)
+    with studio.database.write() as transaction:
+        for name in ("cpu-1", "cpu-2"):
+            presence.show(transaction, name, "a model", "cpu", [Stage.ENCODE])
+        for job in queries.page(transaction, queries.JobFilter(), None, 50).jobs:
+            job.announced_at -= timedelta(seconds=6)  # type: ignore[operator]
+    upkeep.tick()
+    assert bell.rung == [Stage.ENCODE, Stage.ENCODE, Stage.GENERATE], "one is tried where nobody is seen"
 
 
 def test_pictures_past_their_time_are_deleted_and_their_job_expires(studio: Studio, upkeep: Upkeep) -> None:
