@@ -17,6 +17,7 @@ const part = (id) => document.getElementById(id);
 const form = part("request");
 const addresses = {}; // of the inputs that were uploaded, or are outputs: by the request's field
 let following = null; // the job that runs
+let occupied = 0; // by uploads and the job: nothing is submitted meanwhile
 
 /* The API. */
 
@@ -27,6 +28,7 @@ class Refused extends Error {
   }
 }
 
+/* It may answer later. */
 class Unreachable extends Error {}
 
 async function call(path, options = {}) {
@@ -36,7 +38,9 @@ async function call(path, options = {}) {
     throw fault.name === "AbortError" ? fault : new Unreachable("The server does not answer.");
   });
   const content = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Refused(content.detail ?? `The server answered ${answer.status}.`, content.errors);
+  const detail = content.detail ?? `The server answered ${answer.status}.`;
+  if (answer.status >= 500) throw new Unreachable(detail);
+  if (!answer.ok) throw new Refused(detail, content.errors);
   return content;
 }
 
@@ -56,7 +60,7 @@ function requestOf(wanted = () => true) {
   return Object.fromEntries(values);
 }
 
-/* What a field says, undefined for nothing. What should be a number and is none goes as it is, to be refused by name. */
+/* What a field says, undefined for nothing. What should be a number and is none goes as it is: the API refuses it. */
 function valueOf(field) {
   if (field.type === "file") return addresses[field.name];
   if (field.type === "checkbox") return field.checked || undefined;
@@ -75,7 +79,7 @@ function clearFaults() {
   for (const fault of form.querySelectorAll(".fault")) fault.remove();
   for (const field of form.querySelectorAll("[aria-invalid]")) {
     field.removeAttribute("aria-invalid");
-    field.removeAttribute("aria-errormessage");
+    field.removeAttribute("aria-describedby");
   }
 }
 
@@ -83,11 +87,12 @@ function clearFaults() {
 function showFault({ pointer, detail }) {
   const field = form.elements.namedItem(pointer.split("/")[1]);
   if (!field || field.closest("[hidden]")) return false;
-  const fault = Object.assign(document.createElement("p"), { className: "fault", id: `${field.id}-fault`, textContent: detail });
+  const shown = { className: "fault", id: `${field.id}-fault`, textContent: detail };
+  const fault = Object.assign(document.createElement("p"), shown);
   part(fault.id)?.remove();
   field.closest(".field").append(fault);
   field.setAttribute("aria-invalid", "true");
-  field.setAttribute("aria-errormessage", fault.id);
+  field.setAttribute("aria-describedby", fault.id);
   field.closest("details")?.setAttribute("open", "");
   return true;
 }
@@ -103,10 +108,6 @@ function report(fault) {
 
 /* Templates and sizes. */
 
-function option(value, text) {
-  return new Option(text, value);
-}
-
 function group(label, options) {
   const element = Object.assign(document.createElement("optgroup"), { label });
   element.append(...options);
@@ -119,11 +120,11 @@ function fillTemplates({ templates }) {
   const categories = [...new Set(templates.map(({ category }) => category))];
   const groups = categories.map((wanted) => {
     const found = templates.filter(({ category }) => category === wanted);
-    return group(spoken(wanted || "other"), found.map(({ name }) => option(name, spoken(name))));
+    return group(spoken(wanted || "other"), found.map(({ name }) => new Option(spoken(name), name)));
   });
   const chooser = part("template");
   const chosen = chooser.value;
-  chooser.replaceChildren(option("", "None"), ...groups);
+  chooser.replaceChildren(new Option("None", ""), ...groups);
   chooser.value = chosen;
   const descriptions = new Map(templates.map(({ name, description }) => [name, description]));
   chooser.onchange = () => {
@@ -134,14 +135,15 @@ function fillTemplates({ templates }) {
 function fillSizes(sizes) {
   const { presets, ratios, resolutions, default: usual, limits } = sizes;
   const others = ratios.filter(({ ratio }) => !presets.some((preset) => preset.ratio === ratio));
-  const ratioOption = ({ name, ratio }) => option(ratio, name === ratio ? ratio : `${spoken(name.split("_")[0])} ${ratio}`);
+  const called = (name, ratio) => (name === ratio ? ratio : `${spoken(name.split("_")[0])} ${ratio}`);
+  const ratioOption = ({ name, ratio }) => new Option(called(name, ratio), ratio);
   part("aspect_ratio").replaceChildren(
     group("Shapes", presets.map(ratioOption)),
     group("Other ratios", others.map(ratioOption)),
-    group("In pixels", [option("", "Width × height")]),
+    group("In pixels", [new Option("Width × height", "")]),
   );
   const payable = resolutions.filter((side) => side * side <= limits.max_pixels);
-  part("resolution").replaceChildren(...payable.map((side) => option(side, `${side} × ${side}`)));
+  part("resolution").replaceChildren(...payable.map((side) => new Option(`${side} × ${side}`, side)));
   part("resolution").value = Math.round(Math.sqrt(usual.width * usual.height));
   const same = ratios.find(({ width, height }) => width === usual.width && height === usual.height);
   part("aspect_ratio").value = same?.ratio ?? "";
@@ -190,7 +192,8 @@ async function count(signal) {
 function showCount({ tokens, limit, long_prompt_mode: mode }) {
   const over = limit != null && tokens > limit;
   const counted = limit == null ? `${tokens} tokens` : `${tokens} of ${limit} tokens`;
-  part("tokens").textContent = tokens == null ? "" : over ? `${counted}: too long (${mode.replace("_", " ")})` : counted;
+  const judged = over ? `${counted}: too long (${mode.replace("_", " ")})` : counted;
+  part("tokens").textContent = tokens == null ? "" : judged;
   part("tokens").classList.toggle("over", over);
 }
 
@@ -200,12 +203,16 @@ async function upload(field) {
   const [file] = field.files;
   if (!file) return;
   clearFaults();
+  occupy(+1);
   try {
-    const { id } = await call("/api/inputs", { method: "POST", body: file, headers: { "content-type": file.type } });
+    const headers = { "content-type": file.type || "application/octet-stream" };
+    const { id } = await call("/api/inputs", { method: "POST", body: file, headers });
     give(field, id, URL.createObjectURL(file));
   } catch (fault) {
     take(field);
-    if (!showFault({ pointer: `/${field.name}`, detail: fault.message })) report(fault);
+    showFault({ pointer: `/${field.name}`, detail: fault.faults?.[0]?.detail ?? fault.message });
+  } finally {
+    occupy(-1);
   }
 }
 
@@ -232,17 +239,24 @@ function showInput(field, picture) {
 
 async function generate(event) {
   event.preventDefault();
-  if (following) return;
+  if (occupied) return;
   clearFaults();
-  busy(true);
+  occupy(+1);
   try {
     say("Submitting…");
     show(await follow(await post("/api/generate", requestOf())));
   } catch (fault) {
     report(fault);
   } finally {
-    busy(false);
+    part("cancel").disabled = true;
+    part("progress").hidden = true;
+    occupy(-1);
   }
+}
+
+function occupy(by) {
+  occupied += by;
+  part("generate").disabled = occupied > 0;
 }
 
 async function follow(job) {
@@ -268,16 +282,7 @@ async function look(job) {
 }
 
 async function cancel() {
-  part("cancel").disabled = true;
   await call(here(following.urls.cancel), { method: "POST" }).catch(report);
-}
-
-function busy(yes) {
-  part("generate").disabled = yes;
-  if (yes) return;
-  following = null;
-  part("cancel").disabled = true;
-  part("progress").hidden = true;
 }
 
 function say(sentence, { refused = false } = {}) {
@@ -292,7 +297,7 @@ function showProgress({ status, progress, queue_position: position, cancel_reque
   bar.hidden = false;
   progress ? (bar.value = progress.fraction) : bar.removeAttribute("value");
   if (canceling) say("Canceling…");
-  else if (status === "queued") say(position > 1 ? `Queued: number ${position} in the queue` : "Queued: next in the queue");
+  else if (status === "queued") say(position > 1 ? `Queued: number ${position}` : "Queued: next in the queue");
   else if (progress) say(`${spoken(progress.phase)}: step ${progress.step} of ${progress.steps}`);
   else say("Running");
 }
@@ -305,7 +310,11 @@ function show(job) {
     part("pictures").replaceChildren(...figures);
     keep(job);
   }
-  const ends = { failed: `Failed: ${job.error?.message}`, canceled: "Canceled.", expired: "The pictures were deleted after their time." };
+  const ends = {
+    failed: `Failed: ${job.error?.message}`,
+    canceled: "Canceled.",
+    expired: "The pictures were deleted after their time.",
+  };
   say(ends[job.status] ?? "", { refused: job.status === "failed" });
 }
 
@@ -338,7 +347,8 @@ function keep(job) {
   for (const output of job.outputs) {
     const thumbnail = part("thumbnail").content.cloneNode(true).firstElementChild;
     thumbnail.dataset.job = job.id;
-    Object.assign(thumbnail.querySelector("img"), { src: output.url, alt: `${job.request.prompt}, seed ${output.seed}` });
+    const alt = `${job.request.prompt}, seed ${output.seed}`;
+    Object.assign(thumbnail.querySelector("img"), { src: output.url, alt });
     thumbnail.querySelector("button").onclick = () => call(here(job.urls.self)).then(show, report);
     strip.prepend(thumbnail);
   }

@@ -1,11 +1,13 @@
 """The playground as a person uses it: in a real browser, against a real server process on PostgreSQL."""
 
+import io
 import re
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from PIL import Image
+from playwright.sync_api import FilePayload, Locator, Page, expect
 from sqlalchemy import select
 
 from tests.integration.admin.conftest import Served, natural_widths, paint
@@ -15,6 +17,7 @@ from tests.waiting import wait_until
 from zcore.jobs import lifecycle
 from zcore.jobs.models import Job
 from zcore.jobs.states import State
+from zcore.request import INPUT_ID
 
 KEY = "anna-key-0123456789"
 
@@ -113,6 +116,33 @@ def test_a_picture_s_seed_and_the_picture_itself_begin_the_next_one(admin: Serve
     second = submitted(admin, after=first)
     assert second.request["image"] == f"output:{first.id}/0"
     assert (second.request["seed"], second.request["strength"]) == (first.outputs[0].seed, 0.3)
+
+
+def test_a_picture_and_a_mask_are_uploaded_as_they_are_chosen(admin: Served, playground: Page) -> None:
+    expect(playground.get_by_label("Strength")).to_be_hidden()
+    playground.get_by_label("Start from a picture", exact=True).set_input_files(file("start.png", "white"))
+    assert natural_widths(playground, "#image-field img") == [96]
+    playground.get_by_label("Mask", exact=True).set_input_files(file("mask.png", "black"))
+    assert natural_widths(playground, "#mask-field img") == [96]
+    playground.get_by_label("Prompt", exact=True).fill("a lighthouse")
+    generate(playground)
+    first = submitted(admin)
+    ids = {first.request["image"], first.request["mask"]}
+    assert len(ids) == 2
+    assert all(INPUT_ID.fullmatch(one) for one in ids)
+    playground.get_by_role("button", name="Cancel").click()
+    playground.get_by_role("button", name="Remove Start from a picture").click()
+    expect(playground.get_by_label("Strength")).to_be_hidden()
+    generate(playground)
+    assert submitted(admin, after=first).request["image"] is None
+
+
+def test_a_file_that_is_no_picture_is_refused_at_its_field(playground: Page, complaints: list[str]) -> None:
+    text: FilePayload = {"name": "notes.png", "mimeType": "image/png", "buffer": b"no picture"}
+    playground.get_by_label("Start from a picture", exact=True).set_input_files(text)
+    expect(fault_at(playground, "Start from a picture")).to_be_visible()
+    expect(playground.get_by_label("Strength")).to_be_hidden()
+    refused(complaints, "400")
 
 
 def test_faults_stand_at_their_fields(admin: Served, playground: Page, complaints: list[str]) -> None:
@@ -229,7 +259,14 @@ def fault_at(page: Page, label: str) -> Locator:
     """What stands as wrong at the field of this label."""
     field = page.get_by_label(label, exact=True)
     expect(field).to_have_attribute("aria-invalid", "true")
-    return page.locator(f"#{field.get_attribute('aria-errormessage')}")
+    return page.locator(f"#{field.get_attribute('aria-describedby')}")
+
+
+def file(name: str, color: str) -> FilePayload:
+    """A picture as a person picks one."""
+    content = io.BytesIO()
+    Image.new("RGB", (96, 64), color).save(content, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": content.getvalue()}
 
 
 def refused(complaints: list[str], status: str) -> None:
