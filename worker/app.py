@@ -27,6 +27,7 @@ from worker.deliver import Deliverer
 from worker.encode import Encoder
 from worker.generate import Generator
 from worker.gpu import load_pipeline, read_embedding, write_embedding
+from worker.inputs import InputSource
 from worker.loop import JobLoop, Workplace
 from worker.presence import Presence
 from worker.shutdown import Shutdown
@@ -156,7 +157,8 @@ def _open_loop(parts: _Parts, name: str) -> JobLoop:
         on_broken=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
     if Stage.GENERATE in settings.worker.stages:
-        return Generator(load_pipeline(settings), read_embedding, workplace)
+        inputs = InputSource(parts.database, parts.storage, settings.webhooks, settings.limits.max_input_bytes)
+        return Generator(load_pipeline(settings), read_embedding, inputs, workplace)
     return Encoder(load_encoder(settings), write_embedding, workplace)
 
 

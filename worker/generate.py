@@ -1,25 +1,25 @@
 """A job's pictures: paint, store, complete.
 
-Takes a loaded pipeline and a `Workplace`. While the next picture is painted, the last one is encoded, uploaded and
-completed by other threads. Paints from the embedding that another worker stored, where there is one; who serves the
-stage `encode` too makes those that are missing, who does not sends such a job there.
+Takes a loaded pipeline, the source of what requests start from, and a `Workplace`. While the next picture is painted,
+the last one is encoded, uploaded and completed by other threads. Paints from the embedding that another worker stored,
+where there is one; who serves the stage `encode` too makes those that are missing, who does not sends such a job there.
 """
 
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from worker import embeddings, pictures
+from worker.inputs import FetchedInputs, InputSource
 from worker.loop import JobLoop, Workplace, milliseconds, waited_ms
 from worker.pulse import Pulse
 from zcore.errors import EmbeddingLost, InvalidRequest, LeaseLost, NotFound
 from zcore.imaging.encode import encode_image
-from zcore.imaging.inputs import Inputs
 from zcore.jobs import lifecycle
 from zcore.jobs.lifecycle import Lease, StoredOutput
 from zcore.jobs.models import Job
@@ -39,6 +39,7 @@ class _Painted:
     lease: Lease
     pulse: Pulse
     request: GenerationRequest
+    inputs: FetchedInputs
     result: "GenerationResult"
     from_embedding: bool
 
@@ -47,7 +48,11 @@ class Generator(JobLoop):
     """The GPU's work in this process."""
 
     def __init__(
-        self, pipeline: "ZImagePipeline", read_embedding: Callable[[bytes], Any], workplace: Workplace
+        self,
+        pipeline: "ZImagePipeline",
+        read_embedding: Callable[[bytes], Any],
+        inputs: InputSource,
+        workplace: Workplace,
     ) -> None:
         """`read_embedding` takes the bytes that an `Encoder` stored; it raises `InvalidRequest` of the field
         `embeddings` for others, as the pipeline does for an embedding of another model.
@@ -55,6 +60,7 @@ class Generator(JobLoop):
         super().__init__(workplace)
         self._pipeline = pipeline
         self._read_embedding = read_embedding
+        self._inputs = inputs
         self._encodes = Stage.ENCODE in workplace.settings.stages
         backlog = workplace.settings.upload_backlog
         self._uploads = ThreadPoolExecutor(max_workers=backlog, thread_name_prefix="upload")
@@ -72,23 +78,27 @@ class Generator(JobLoop):
 
     def _paint(self, job: Job, lease: Lease, pulse: Pulse) -> _Painted:
         request = msgspec.convert(job.request, GenerationRequest)
+        inputs = self._inputs.fetch(request, job.owner)
         if job.stage == Stage.GENERATE and job.embedding_attempt is not None:
             try:
-                result = self._paint_from(embeddings.key_of(job.id, job.embedding_attempt), request, pulse)
-                return _Painted(job, lease, pulse, request, result, from_embedding=True)
+                key = embeddings.key_of(job.id, job.embedding_attempt)
+                result = self._paint_from(key, request, inputs, pulse)
+                return _Painted(job, lease, pulse, request, inputs, result, from_embedding=True)
             except EmbeddingLost as lost:
                 if not self._encodes:
                     raise
                 log.warning("embedding.lost", error=lost.message)
         elif not self._encodes:
             raise EmbeddingLost("the prompt has not been encoded yet")
-        result = self._pipeline.generate(request, pulse.on_step)
-        return _Painted(job, lease, pulse, request, result, from_embedding=False)
+        result = self._pipeline.generate(request, pulse.on_step, inputs.pictures)
+        return _Painted(job, lease, pulse, request, inputs, result, from_embedding=False)
 
-    def _paint_from(self, key: str, request: GenerationRequest, pulse: Pulse) -> "GenerationResult":
+    def _paint_from(
+        self, key: str, request: GenerationRequest, inputs: FetchedInputs, pulse: Pulse
+    ) -> "GenerationResult":
         try:
             embedding = self._read_embedding(self._place.storage.get(key))
-            return self._pipeline.generate(request, pulse.on_step, Inputs(embedding=embedding))
+            return self._pipeline.generate(request, pulse.on_step, replace(inputs.pictures, embedding=embedding))
         except NotFound as fault:
             raise EmbeddingLost("the prompt's embedding is no longer in storage") from fault
         except InvalidRequest as fault:
@@ -128,7 +138,7 @@ class Generator(JobLoop):
         """Encodes and stores one picture."""
         painted.pulse.check()
         image = painted.result.images[index]
-        encoded = encode_image(image.image, painted.request, image.index, engine)
+        encoded = encode_image(image.image, painted.request, image.index, engine, painted.inputs.sha256s)
         key = pictures.key_of(painted.job.id, painted.job.attempt, index, encoded.format)
         self._put(key, encoded.content, encoded.media_type, painted.pulse, give_up_at)
         return StoredOutput(

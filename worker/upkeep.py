@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker import embeddings, pictures
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
-from zcore.jobs import lifecycle, presence, queries
+from zcore.jobs import inputs, lifecycle, presence, queries
 from zcore.jobs.database import Database
 from zcore.stages import Stage
 from zcore.storage import Storage
@@ -59,7 +59,15 @@ class Upkeep:
 
     def tick(self) -> None:
         """Every chore once. One that fails is logged and does not keep the others from their turn."""
-        for chore in (self._rescue, self._announce_again, self._expire, self._clear_embeddings, self._forget):
+        chores = (
+            self._rescue,
+            self._announce_again,
+            self._expire,
+            self._clear_embeddings,
+            self._expire_inputs,
+            self._forget,
+        )
+        for chore in chores:
             try:
                 chore()
             except (SQLAlchemyError, StorageError) as fault:
@@ -130,6 +138,16 @@ class Upkeep:
         with self._database.write() as transaction:
             for job in ended:
                 lifecycle.forget_embeddings(transaction, job.id, job.attempt)
+
+    def _expire_inputs(self) -> None:
+        """Bytes first, their rows locked: an upload of the same bytes waits, and then stores them again."""
+        with self._database.write() as transaction:
+            past = inputs.past_retention(transaction, EXPIRED_AT_ONCE)
+            self._storage.delete([inputs.key_of(row.owner, row.sha256) for row in past])
+            for row in past:
+                transaction.session.delete(row)
+        if past:
+            log.info("inputs.expired", count=len(past))
 
     def _forget(self) -> None:
         if time.monotonic() < self._forget_at:

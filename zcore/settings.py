@@ -175,6 +175,7 @@ class JobsSettings(_Section, frozen=True):
     lease_s: Seconds = 30.0
     retry_delay_s: Delay = 2.0
     retention_s: Seconds = 30 * 86_400.0
+    input_retention_s: Seconds = 86_400.0
     split_encoding: bool = False
 
     @property

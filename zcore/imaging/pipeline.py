@@ -23,6 +23,7 @@ from torch import Tensor
 from zcore.errors import InvalidRequest, OutOfMemory
 from zcore.imaging import geometry
 from zcore.imaging.input_picture import fitted, mask_fitted
+from zcore.imaging.inputs import Inputs
 from zcore.imaging.model import loader
 from zcore.imaging.model.attention import choose_attention, load_attention
 from zcore.imaging.model.checkpoint import PAINTING, encoder_family, locate, read_json, revision
@@ -49,18 +50,6 @@ class Progress:
 
 
 OnStep = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a request names by address, at hand: the picture it starts from, the mask over it, its prompt's embedding.
-
-    Pictures may have any mode and size; they are fitted by the request's `fit`. A mask is white where to paint anew.
-    """
-
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
-    embedding: PromptEmbedding | None = None
 
 
 @dataclass(frozen=True, slots=True)

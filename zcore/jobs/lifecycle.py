@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, case, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from zcore.errors import Conflict, KeyReused, NotFound
-from zcore.jobs import states
+from zcore.jobs import inputs, states
 from zcore.jobs.database import Transaction
 from zcore.jobs.models import Event, Job, Output, WebhookEvent
 from zcore.jobs.resource import snapshot
@@ -84,12 +84,13 @@ def submit(
     """A new QUEUED job, or the one that this owner's key already made within 24 hours.
 
     `fingerprint` is the SHA-256 of the body; `stage` is where the job begins. Raises `KeyReused` when the key was used
-    with another body.
+    with another body, and `InvalidRequest` for a new job whose inputs this owner does not have.
     """
     if idempotency_key is not None:
         earlier = _made_by_key(transaction, owner, idempotency_key, fingerprint)
         if earlier is not None:
             return Submitted(earlier, replayed=True)
+    inputs.check(transaction, submission.request, owner)
     job = Job(
         id=new_id(),
         owner=owner,

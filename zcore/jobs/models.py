@@ -246,6 +246,20 @@ class WebhookAttempt(Table):
     answer: Mapped[str] = mapped_column(Text)  # the first bytes of the answer, or why there was none
 
 
+class Input(Table):
+    """One picture that a caller uploaded; its bytes lie in storage until some time after `expires_at`."""
+
+    __tablename__ = "inputs"
+
+    owner: Mapped[str] = mapped_column(String(100), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    format: Mapped[str] = mapped_column(String(10))
+    width: Mapped[int] = mapped_column(Integer)
+    height: Mapped[int] = mapped_column(Integer)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
 class Worker(Table):
     """One worker, as long as it shows itself. For people and readiness; no decision about a job rests on it."""
 

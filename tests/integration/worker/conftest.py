@@ -14,6 +14,7 @@ from tests.integration.worker.painter import Bell, Painter, Scribe, read_embeddi
 from tests.waiting import wait_until
 from worker.encode import Encoder
 from worker.generate import Generator
+from worker.inputs import InputSource
 from worker.loop import Workplace
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
@@ -21,7 +22,7 @@ from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job
 from zcore.request import GenerationDefaults, RequestLimits, parse_submission
-from zcore.settings import JobsSettings, WorkerSettings
+from zcore.settings import JobsSettings, WebhooksSettings, WorkerSettings
 from zcore.stages import Stage
 from zcore.storage import DirectoryStorage
 
@@ -57,13 +58,16 @@ class Studio:
     bell: Bell
     ended: threading.Event
     broken: threading.Event = field(default_factory=threading.Event)
+    web: WebhooksSettings = field(default_factory=lambda: WebhooksSettings(allow_private_addresses=True))
 
     def generator(
         self, grace_s: float = 60, name: str = "worker-1", painter: Painter | None = None, **changed: Any
     ) -> tuple[Generator, Shutdown]:
         """A worker, and its wish to end."""
         place = self.workplace(name, grace_s, **changed)
-        return Generator(painter or self.painter, read_embedding, place), place.shutdown  # type: ignore[arg-type]
+        inputs = InputSource(self.database, self.storage, self.web, RequestLimits().max_input_bytes)
+        made = Generator(painter or self.painter, read_embedding, inputs, place)  # type: ignore[arg-type]
+        return made, place.shutdown
 
     def encoder(
         self, grace_s: float = 60, name: str = "encoder-1", scribe: Scribe | None = None, **changed: Any

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from zcore.errors import InvalidRequest
+from zcore.imaging.inputs import Inputs
 from zcore.request import GenerationRequest
 from zcore.stages import Stage
 
@@ -57,6 +58,7 @@ class Painter:
 
     between: Between = lambda _request, _step: None
     begun: list[GenerationRequest] = field(default_factory=list)
+    given: list[Inputs] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
     painted_from: list[str] = field(default_factory=list)
     model: str = "a model"
@@ -71,6 +73,7 @@ class Painter:
                 raise InvalidRequest.field("embeddings", f"were made by {embedding.model}, not by {self.model}")
             self.painted_from.append(embedding.prompt)
         self.begun.append(request)
+        self.given.append(inputs)
         forwards = request.steps * request.n
         for step in range(forwards):
             self.between(request, step)
