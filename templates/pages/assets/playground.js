@@ -40,7 +40,8 @@ async function call(path, options = {}) {
   const content = await answer.json().catch(() => ({}));
   const detail = content.detail ?? `The server answered ${answer.status}.`;
   if (answer.status >= 500) throw new Unreachable(detail);
-  if (!answer.ok) throw new Refused(detail, content.errors);
+  const atKey = answer.status === 401 && part("key") ? [{ pointer: "/key", detail }] : [];
+  if (!answer.ok) throw new Refused(detail, content.errors ?? atKey);
   return content;
 }
 
@@ -135,7 +136,7 @@ function fillTemplates({ templates }) {
 function fillSizes(sizes) {
   const { presets, ratios, resolutions, default: usual, limits } = sizes;
   const others = ratios.filter(({ ratio }) => !presets.some((preset) => preset.ratio === ratio));
-  const called = (name, ratio) => (name === ratio ? ratio : `${spoken(name.split("_")[0])} ${ratio}`);
+  const called = (name, ratio) => (name === ratio ? ratio : `${ratio} ${name.split("_")[0]}`);
   const ratioOption = ({ name, ratio }) => new Option(called(name, ratio), ratio);
   part("aspect_ratio").replaceChildren(
     group("Shapes", presets.map(ratioOption)),
@@ -157,6 +158,7 @@ function chooseSize() {
 }
 
 async function load() {
+  clearFaults();
   if (part("key") && !sessionStorage.getItem(KEY)) return say("Give your API key to begin.");
   try {
     const [templates, sizes] = await Promise.all([call("/api/templates"), call("/api/sizes")]);
@@ -245,6 +247,7 @@ async function generate(event) {
   try {
     say("Submitting…");
     show(await follow(await post("/api/generate", requestOf())));
+    turnToPictures();
   } catch (fault) {
     report(fault);
   } finally {
@@ -262,7 +265,7 @@ function occupy(by) {
 async function follow(job) {
   following = job;
   part("cancel").disabled = false;
-  if (BELOW.matches) part("outcome").scrollIntoView();
+  turnToPictures();
   while (!ENDED.includes(following.status)) {
     showProgress(following);
     await new Promise((resolve) => setTimeout(resolve, LOOK_EVERY_MS));
@@ -283,6 +286,10 @@ async function look(job) {
 
 async function cancel() {
   await call(here(following.urls.cancel), { method: "POST" }).catch(report);
+}
+
+function turnToPictures() {
+  if (BELOW.matches) part("outcome").scrollIntoView();
 }
 
 function say(sentence, { refused = false } = {}) {

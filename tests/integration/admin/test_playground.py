@@ -213,7 +213,7 @@ def test_with_keys_configured_the_page_asks_for_one(sqlite_url: str, tmp_path: P
         browser_page.goto(f"{server.url}/playground")
         expect(browser_page.get_by_role("status")).to_have_text("Give your API key to begin.")
         give_key(browser_page, "another")
-        expect(browser_page.get_by_role("status")).to_contain_text("a valid API key is needed")
+        expect(fault_at(browser_page, "API key")).to_contain_text("a valid API key is needed")
         give_key(browser_page, KEY)
         expect(browser_page.locator("#template option")).not_to_have_count(1)
         browser_page.reload()
