@@ -13,28 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zcore.cli import setting_flags
-from zcore.cli.commission import Commission, commissioned
+from zcore.cli.commission import Commission, commissioned, suffix_of
 from zcore.cli.files import check_place, whole_file
 from zcore.cli.parser import Commands
 from zcore.cli.progress import ProgressLine
 from zcore.cli.request_flags import add_request_flags, request_fields
 from zcore.cli.setting_flags import add_setting_flags, chosen_settings
-from zcore.errors import InvalidRequest
 from zcore.imaging.encode import encode_image
 from zcore.imaging.from_settings import load_generator, load_pipeline, refuse_what_is_not_built
-from zcore.request import OutputFormat
 from zcore.settings import Settings
 
 if TYPE_CHECKING:
     from zcore.imaging.pipeline import Inputs, ZImagePipeline
-
-SUFFIXES: dict[str, OutputFormat] = {
-    ".png": "png",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".webp": "webp",
-    ".avif": "avif",
-}
 
 DESCRIPTION = """\
 Paint pictures.
@@ -97,10 +87,8 @@ def run(said: argparse.Namespace) -> int:
     """Paint and write. Raises `ZImageError`."""
     chosen = chosen_settings(said)
     refuse_what_is_not_built(chosen.settings, chosen.spelled)
-    if said.output and "format" not in said:
-        said.format = _format_of(said.output)
     commission = commissioned(said, chosen.settings)
-    paths = _paths(said.output or Path(f"output{_suffix(commission.request.format)}"), commission)
+    paths = _paths(said.output or Path(f"output{suffix_of(commission.request.format)}"), commission)
     check_place(paths[commission.indexes[0]])
     with ProgressLine(sys.stderr, len(paths)) as line:
         line.say("loading the model ...")
@@ -168,20 +156,12 @@ def _note_differences(commission: Commission, painter: _Painter) -> None:
     if commission.repeats is None:
         return
     before, now = commission.repeats.made_by, painter.made_by
-    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    # A model's name is that of its folder; which one it is, its revision says.
+    named = (before.keys() | now.keys()) - {"model"}
+    differing = sorted(name for name in named if before.get(name) != now.get(name))
     if differing:
         told = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in differing)
         print(f"zimage: note: the picture may come out differently: {told}", file=sys.stderr)
-
-
-def _format_of(path: Path) -> OutputFormat:
-    if path.suffix.lower() not in SUFFIXES:
-        raise InvalidRequest.field("--output", f"{path} has to end in one of {', '.join(SUFFIXES)}, or say --format")
-    return SUFFIXES[path.suffix.lower()]
-
-
-def _suffix(format: OutputFormat) -> str:  # noqa: A002
-    return next(suffix for suffix, one in SUFFIXES.items() if one == format)
 
 
 def _paths(path: Path, commission: Commission) -> dict[int, Path]:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.unit.cli.conftest import Terminal
-from zcore.imaging.encode import read_parameters
+from zcore.imaging.encode import encode_image, read_parameters
+from zcore.request import GenerationRequest
 
 SMALL = ("--size", "64x64", "--steps", "2")
 
@@ -59,6 +60,16 @@ def test_an_input_that_is_gone_or_has_changed_has_to_be_passed(zimage: Terminal)
         assert first.tobytes() == again.tobytes()
 
 
+@pytest.mark.parametrize("address", ["https://example.org/cat.png", f"input:{'0' * 64}"])
+def test_an_input_of_the_service_has_to_be_passed(address: str, zimage: Terminal) -> None:
+    request = GenerationRequest(prompt="a circle", image=address, width=64, height=64)
+    encoded = encode_image(Image.new("RGB", (64, 64)), request, 0, {}, {"image": "0" * 64})
+    Path("served.png").write_bytes(encoded.content)
+    finished = zimage("generate", "--profile", "demo", "--from", "served.png")
+    assert finished.status == 2
+    assert finished.err.startswith(f"zimage: --from: the picture began from {address}, which is not at hand")
+
+
 def test_other_flags_stand_over_what_the_picture_says(zimage: Terminal) -> None:
     zimage.paint("a red circle", "--width", "64", "--height", "80", "--steps", "2", "--seed", "7")
     zimage.paint("a blue star", "--from", "output.png", "--size", "96x64", "--n", "2", "--output", "blue.png")
@@ -73,7 +84,9 @@ def test_other_flags_stand_over_what_the_picture_says(zimage: Terminal) -> None:
 
 def test_what_paints_it_differently_than_then_is_told(zimage: Terminal) -> None:
     zimage.paint("a red circle", *SMALL)
-    finished = zimage("generate", "--profile", "demo", "--dtype", "bfloat16", "--from", "output.png")
+    finished = zimage(
+        "generate", "--profile", "demo", "--dtype", "bfloat16", "--from", "output.png", "--output", "a.jpg"
+    )
     assert finished.status == 0
     assert "the picture may come out differently: " in finished.err
     assert "transformer_dtype was float32 and is bfloat16" in finished.err
