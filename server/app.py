@@ -18,6 +18,7 @@ from litestar.types import ControllerRouterHandler
 from server.auth import Callers
 from server.limits import PromptLimit
 from server.pages import admin_routes, answer_people, template_config
+from server.playground import playground
 from server.problems import EXCEPTION_HANDLERS
 from server.routes import files, health, inputs, jobs, prompts, sizes
 from server.watch import Watch
@@ -84,6 +85,7 @@ def create_app(settings: Settings) -> Litestar:
     return Litestar(
         [
             *ROUTES,
+            playground,
             Router("/", route_handlers=[inputs.upload], request_max_body_size=settings.limits.max_input_bytes),
             *admin_routes(keys.admin, settings.public_url),
         ],
