@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from litestar import Litestar, Request
+from litestar import Litestar, Request, Router
 from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
@@ -18,8 +18,9 @@ from litestar.types import ControllerRouterHandler
 from server.auth import Callers
 from server.limits import PromptLimit
 from server.pages import admin_routes, answer_people, template_config
+from server.playground import playground
 from server.problems import EXCEPTION_HANDLERS
-from server.routes import files, health, jobs, prompts, sizes
+from server.routes import files, health, inputs, jobs, prompts, sizes
 from server.watch import Watch
 from zcore.broker import Doorbell, make_app
 from zcore.errors import StorageError
@@ -82,7 +83,12 @@ def create_app(settings: Settings) -> Litestar:
         "watch": watch,
     }
     return Litestar(
-        [*ROUTES, *admin_routes(keys.admin, settings.public_url)],
+        [
+            *ROUTES,
+            playground,
+            Router("/", route_handlers=[inputs.upload], request_max_body_size=settings.limits.max_input_bytes),
+            *admin_routes(keys.admin, settings.public_url),
+        ],
         dependencies={
             **{name: _same(part) for name, part in parts.items()},
             "owner": Provide(owner, sync_to_thread=False),

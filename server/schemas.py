@@ -1,5 +1,6 @@
 """What the API says of itself beyond the job: shapes of answers, and the request's schema and examples for OpenAPI."""
 
+from datetime import datetime
 from typing import Any, cast
 
 import msgspec
@@ -15,6 +16,20 @@ class JobPage(msgspec.Struct, frozen=True):
     jobs: list[JobResource]
     next_cursor: str | None
     next: str | None
+
+
+class UploadedInput(msgspec.Struct, frozen=True):
+    """An uploaded picture. `id` is what `image` and `mask` of a submission take until `expires_at`.
+
+    Width and height are pixels of the upright picture, `bytes` those of the file.
+    """
+
+    id: str
+    width: int
+    height: int
+    format: str
+    bytes: int
+    expires_at: datetime
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -64,7 +79,9 @@ class TemplateText(msgspec.Struct, frozen=True):
 
 
 class FormattedPromptAnswer(msgspec.Struct, frozen=True):
-    """A prompt in its layout. `kept_tokens` is what is left of `tokens` for the transformer, by `long_prompt_mode`."""
+    """A prompt in its layout. `kept_tokens` is what is left of `tokens` for the transformer, by `long_prompt_mode`; null
+    where a submission would be refused as `prompt_too_long`.
+    """
 
     formatted: str
     tokens: int | None

@@ -55,9 +55,8 @@ class InputSource:
         named = {name: address for name in inputs.INPUT_FIELDS if (address := getattr(request, name)) is not None}
         files = {name: self._read(name, address, owner) for name, address in named.items()}
         pictures = {name: open_picture(content, name) for name, content in files.items()}
-        return FetchedInputs(
-            Inputs(**pictures), {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        )
+        sha256s = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        return FetchedInputs(Inputs(pictures.get("image"), pictures.get("mask")), sha256s)
 
     def _read(self, field: str, address: str, owner: str) -> bytes:
         if upload := INPUT_ID.fullmatch(address):

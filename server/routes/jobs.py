@@ -11,15 +11,13 @@ from urllib.parse import urlencode
 
 import msgspec
 from litestar import Response, get, post
-from litestar.connection import ASGIConnection
 from litestar.datastructures import ResponseHeader
 from litestar.enums import RequestEncodingType
-from litestar.exceptions import HTTPException
-from litestar.handlers import BaseRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import BodyKwarg, FromPath, FromQuery, HeaderParameter, QueryParameter
 from litestar.response import Redirect
 
+from server import media_types
 from server.dependencies import (
     NamedDatabase,
     NamedDoorbell,
@@ -58,16 +56,9 @@ _no_such_job = {
 }
 
 
-def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """Only JSON by name: a page of another site can make a browser post anything else to this machine, but not that."""
-    kind = connection.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise HTTPException(status_code=415, detail=f"the body has to be application/json, not {kind or 'unnamed'}")
-
-
 @post(
     "/api/generate",
-    guards=[_is_json],
+    guards=[media_types.only("application/json")],
     status_code=202,
     tags=["jobs"],
     summary="Submit a picture to be painted",

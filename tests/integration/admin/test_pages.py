@@ -1,31 +1,25 @@
 """The admin as a person uses it: in a real browser, against a real server process on PostgreSQL."""
 
-import io
 from datetime import timedelta
 from pathlib import Path
 
-from PIL import Image
 from playwright.sync_api import Page, expect
 
-from tests.integration.admin.conftest import ADMIN_KEY, Served, sign_in
+from tests.integration.admin.conftest import ADMIN_KEY, Served, natural_widths, painted, sign_in
 from tests.integration.installation import Installation
 from tests.integration.jobs.examples import (
     DEFECT,
     HOOK,
-    RETENTION_S,
     cancel,
     claim,
     events,
     fail,
     look,
-    picture,
     submit,
 )
 from tests.services.s3 import Bucket
 from tests.waiting import wait_until
-from zcore.jobs import lifecycle, presence, queries, webhooks
-from zcore.jobs.lifecycle import Lease, StoredOutput
-from zcore.jobs.models import Job
+from zcore.jobs import lifecycle, presence, webhooks
 from zcore.jobs.states import State
 from zcore.jobs.webhooks import AttemptOutcome
 from zcore.stages import Stage
@@ -296,27 +290,3 @@ def narrow(page: Page, **moments: object) -> None:
     for name in ("created_from", "created_before"):
         page.locator(f"#{name}").fill(f"{moments[name]:%Y-%m-%dT%H:%M}" if name in moments else "")
     page.get_by_role("button", name="Filter").click()
-
-
-def natural_widths(page: Page, selector: str) -> list[int]:
-    """How wide the pictures are that have been loaded and understood."""
-    expect(page.locator(selector).first).to_be_visible()
-    loaded = "images => images.every(image => image.complete) && images.map(image => image.naturalWidth)"
-    return wait_until(lambda: page.locator(selector).evaluate_all(loaded))
-
-
-def painted(admin: Served, retention_s: float = RETENTION_S, n: int = 1, **fields: object) -> Job:
-    """A job that succeeded, its pictures in storage."""
-    job = submit(admin.database, n=n, **fields)
-    lease: Lease = claim(admin.database)
-    content = io.BytesIO()
-    Image.linear_gradient("L").resize((64, 64)).save(content, "PNG")
-    outputs: list[StoredOutput] = []
-    for position in range(n):
-        key = f"jobs/{job.id}/1-{position}.png"
-        admin.storage.put(key, content.getvalue(), "image/png")
-        example = picture(position)
-        outputs.append(StoredOutput(position, key, "png", 64, 64, len(content.getvalue()), "a" * 64, example.seed))
-    with admin.database.write() as transaction:
-        lifecycle.complete(transaction, lease, outputs, {"total_ms": 5}, {"device": "cpu"}, retention_s)
-        return queries.get(transaction, job.id)
