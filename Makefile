@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv/bin
 PACKAGES = server worker zcore
 
-.PHONY: help environment run test lint format typecheck contracts lock demo-model benchmark
+.PHONY: help environment run test lint format typecheck contracts lock demo-model pictures benchmark
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z-]+):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ lock: environment  ## resolve pyproject.toml into config/requirements.lock anew
 
 demo-model: environment  ## train the demo checkpoint anew
 	@$(VENV)/python -m zcore.demo
+
+pictures: environment  ## paint the documentation's pictures anew, by the commands that it shows
+	@$(VENV)/python bin/pictures.py
 
 benchmark: environment  ## measure; results are noted in tests/benchmarks/LOG.md
 	@$(VENV)/python -m pytest -m benchmarks -s $(TESTS)
