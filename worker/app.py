@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from worker.deliver import Deliverer
 from worker.generate import Generator
 from worker.gpu import load_pipeline
+from worker.loras import FolderOfLoras, LoraShelf
 from worker.presence import Presence
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
@@ -80,6 +81,7 @@ def run_worker(arguments: Sequence[str]) -> None:
         shutdown=parts.shutdown,
         on_ended=parts.deliverer.wake,
         on_broken=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        loras=LoraShelf([FolderOfLoras(settings.lora_path)], pipeline.load_lora, settings.lora.cache_bytes),
     )
     parts.app.task(name=DRAIN_TASK)(generator.drain)
 

@@ -17,6 +17,7 @@ import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker import pictures
+from worker.loras import LoraShelf
 from worker.pulse import Pulse
 from worker.shutdown import Shutdown
 from zcore.errors import (
@@ -37,7 +38,7 @@ from zcore.storage import Storage
 from zcore.telemetry import bound, log
 
 if TYPE_CHECKING:
-    from zcore.imaging.pipeline import GenerationResult, ZImagePipeline
+    from zcore.imaging.pipeline import GenerationResult, Inputs, ZImagePipeline
 
 CRASHES_AT_MOST = 3
 UPLOAD_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -68,9 +69,10 @@ class Generator:
         shutdown: Shutdown,
         on_ended: Callable[[], None],
         on_broken: Callable[[], None],
+        loras: LoraShelf | None = None,
     ) -> None:
         """`on_ended` is called after each job that reached its end, so that its webhook need not wait for the clock;
-        `on_broken` when this process can no longer paint and has to end.
+        `on_broken` when this process can no longer paint and has to end. Without `loras` there are none.
         """
         self._pipeline = pipeline
         self._database = database
@@ -81,6 +83,7 @@ class Generator:
         self._shutdown = shutdown
         self._on_ended = on_ended
         self._on_broken = on_broken
+        self._loras = loras or LoraShelf.empty()
         self._crashes = 0
         self._uploads = ThreadPoolExecutor(max_workers=settings.upload_backlog, thread_name_prefix="upload")
         # Painting waits when this many painted jobs are not stored yet, so that a slow bucket cannot fill the memory.
@@ -120,7 +123,7 @@ class Generator:
         pulse.start()
         try:
             request = msgspec.convert(job.request, GenerationRequest)
-            result = self._pipeline.generate(request, pulse.on_step)
+            result = self._pipeline.generate(request, pulse.on_step, self._inputs(request))
         except Exception as fault:
             pulse.stop()
             self._end_unpainted(lease, fault)
@@ -129,6 +132,14 @@ class Generator:
         self._crashes = 0
         self._backlog.acquire()
         self._uploads.submit(self._store, _Painted(job, lease, pulse, request, result))
+
+    def _inputs(self, request: GenerationRequest) -> "Inputs | None":
+        """What the request names, at hand; None where it names nothing."""
+        if not request.loras:
+            return None
+        from zcore.imaging.pipeline import Inputs
+
+        return Inputs(loras={use.name: self._loras.get(use.name) for use in request.loras})
 
     def _count_crash(self, fault: Exception) -> None:
         """A GPU that failed once fails every later call of its process: such a worker leaves before it spoils the
@@ -162,7 +173,7 @@ class Generator:
         metrics = _metrics(painted, upload_ms=_milliseconds(time.monotonic() - began))
         with self._database.write() as transaction:
             job = lifecycle.complete(
-                transaction, painted.lease, outputs, metrics, self._pipeline.describe(), self._jobs.retention_s
+                transaction, painted.lease, outputs, metrics, painted.result.made_by, self._jobs.retention_s
             )
         if job is None:
             raise LeaseLost("another worker has this job by now")
@@ -175,7 +186,7 @@ class Generator:
         """Encodes and stores one picture; tries again until `give_up_at`, while nothing calls the job off."""
         painted.pulse.check()
         image = painted.result.images[index]
-        encoded = encode_image(image.image, painted.request, image.index, self._pipeline.describe())
+        encoded = encode_image(image.image, painted.request, image.index, painted.result.made_by)
         key = pictures.key_of(painted.job.id, painted.job.attempt, index, encoded.format)
         for attempt in count():
             try:

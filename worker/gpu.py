@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def load_pipeline(settings: Settings) -> "ZImagePipeline":
     """The model in memory, ready to paint. Seconds for the demo checkpoint, a minute for the real one.
 
-    Raises `ConfigurationError` and `CheckpointError`.
+    Raises `ConfigurationError`, `CheckpointError` and `InvalidLora`.
     """
     _refuse_what_is_not_built(settings)
     from zcore.imaging.pipeline import ZImagePipeline
@@ -34,6 +34,7 @@ def load_pipeline(settings: Settings) -> "ZImagePipeline":
         compile=settings.pytorch.compile,
         compile_mode=settings.pytorch.compile_mode,
         embedding_cache_bytes=settings.pytorch.embedding_cache_bytes if settings.pytorch.embedding_cache else 0,
+        fused_loras=settings.fused_loras,
     )
 
 
@@ -45,7 +46,6 @@ def _refuse_what_is_not_built(settings: Settings) -> None:
         "pytorch.tiled_vae": settings.pytorch.tiled_vae,
         "dype.enabled": settings.dype.enabled,
         "slg.enabled": settings.slg.enabled,
-        "lora.paths": bool(settings.lora.paths),
     }
     for name, asked in wanted.items():
         if asked:

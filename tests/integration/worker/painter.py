@@ -8,6 +8,7 @@ from PIL import Image
 
 from zcore.request import GenerationRequest
 
+MADE_BY = {"engine": "a painter for tests"}
 Between = Callable[[GenerationRequest, int], None]
 
 
@@ -45,6 +46,7 @@ class Result:
 
     images: list[Picture]
     metrics: Metrics = field(default_factory=Metrics)
+    made_by: dict[str, str] = field(default_factory=lambda: dict(MADE_BY))
 
 
 @dataclass
@@ -53,11 +55,13 @@ class Painter:
 
     between: Between = lambda _request, _step: None
     begun: list[GenerationRequest] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
 
-    def generate(self, request: GenerationRequest, on_step: Callable[[Any], None]) -> Result:
+    def generate(self, request: GenerationRequest, on_step: Callable[[Any], None], inputs: Any = None) -> Result:
         """The pictures, step by step."""
         self.begun.append(request)
+        self.inputs.append(inputs)
         forwards = request.steps * request.n
         for step in range(forwards):
             self.between(request, step)
@@ -68,4 +72,4 @@ class Painter:
 
     def describe(self) -> dict[str, str]:
         """What it is."""
-        return {"engine": "a painter for tests"}
+        return dict(MADE_BY)

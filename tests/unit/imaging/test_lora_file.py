@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zcore.errors import InvalidLora
-from zcore.imaging.model.lora_file import Kronecker, LowRank, parse_lora, read_lora
+from zcore.imaging.model.lora_file import Kronecker, LowRank, parse_lora, read_file
 
 SHAPES = {
     "layers.0.attention.to_q": (12, 12),
@@ -124,9 +124,9 @@ def test_only_safetensors_are_read(tmp_path: Path) -> None:
         if path.stem == "cut":
             path.write_bytes(save(GOOD)[:-4])
         with pytest.raises(InvalidLora, match=f"{path.name} is no whole safetensors file, and no other kind is read"):
-            read_lora(path, SHAPES)
+            parse_lora(read_file(path), SHAPES, path.name)
     with pytest.raises(InvalidLora, match=r"none\.safetensors cannot be read"):
-        read_lora(tmp_path / "none.safetensors", SHAPES)
+        read_file(tmp_path / "none.safetensors")
 
 
 def test_each_kind_is_kept_as_small_as_it_is() -> None:

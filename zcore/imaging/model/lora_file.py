@@ -161,13 +161,12 @@ class Lora:
     layers: Mapping[str, LoraLayer]
 
 
-def read_lora(path: Path, shapes: Shapes) -> Lora:
-    """What a file holds. Raises `InvalidLora`."""
+def read_file(path: Path) -> bytes:
+    """A file's bytes. Raises `InvalidLora`."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise _refused(path.name, f"cannot be read: {error.strerror}") from error
-    return parse_lora(content, shapes, path.name)
 
 
 def parse_lora(content: bytes, shapes: Shapes, name: str) -> Lora:
