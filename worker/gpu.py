@@ -1,54 +1,43 @@
-"""From settings to a loaded pipeline on this process's device.
+"""As much of the checkpoint as this worker's stages need, loaded, and embeddings on their way between two workers.
 
-Takes `Settings`; gives a `ZImagePipeline`, or a `ConfigurationError` for a setting that this version cannot honour, so
-that nothing is silently ignored. Does not know jobs.
+Takes `Settings`; gives a `ZImagePipeline` or a `PromptEncoder`. Does not know jobs.
 """
 
 from typing import TYPE_CHECKING
 
 from zcore.errors import ConfigurationError
+from zcore.imaging import from_settings
 from zcore.settings import Settings
+from zcore.stages import Stage
 
 if TYPE_CHECKING:
     from zcore.imaging.pipeline import ZImagePipeline
+    from zcore.imaging.text.embedding_file import PromptEmbedding
 
 
 def load_pipeline(settings: Settings) -> "ZImagePipeline":
-    """The model in memory, ready to paint. Seconds for the demo checkpoint, a minute for the real one.
+    """The model in memory, ready to paint; without its text encoder for a worker that serves `generate` alone.
 
-    Raises `ConfigurationError`, `CheckpointError` and `InvalidLora`.
+    Raises `ConfigurationError` and `CheckpointError`.
     """
-    _refuse_what_is_not_built(settings)
-    from zcore.imaging.pipeline import ZImagePipeline
-
-    return ZImagePipeline.from_pretrained(
-        settings.model_location,
-        templates_dir=settings.templates_path,
-        torch_dtype=settings.pipeline.torch_dtype,
-        encoder_dtype=settings.encoder.torch_dtype,
-        encoder_device=settings.encoder.device,
-        dit_device=settings.pipeline.device,
-        vae_device=settings.pipeline.device,
-        hidden_layer=settings.encoder.hidden_layer,
-        attention_backend=settings.pytorch.attention_backend,
-        compile=settings.pytorch.compile,
-        compile_mode=settings.pytorch.compile_mode,
-        embedding_cache_bytes=settings.pytorch.embedding_cache_bytes if settings.pytorch.embedding_cache else 0,
-        fused_loras=settings.fused_loras,
-    )
+    if Stage.ENCODE in settings.worker.stages:
+        return from_settings.load_pipeline(settings)
+    if not settings.jobs.split_encoding:
+        raise ConfigurationError(
+            "worker.stages: only `generate`, but jobs.split_encoding is off: nobody would encode the prompts"
+        )
+    return from_settings.load_generator(settings)
 
 
-def _refuse_what_is_not_built(settings: Settings) -> None:
-    wanted = {
-        "encoder.quantization": settings.encoder.quantization != "none",
-        "generation.guidance_scale": settings.generation.guidance_scale != 0.0,
-        "pytorch.use_custom_scheduler": settings.pytorch.use_custom_scheduler,
-        "pytorch.tiled_vae": settings.pytorch.tiled_vae,
-        "dype.enabled": settings.dype.enabled,
-        "slg.enabled": settings.slg.enabled,
-    }
-    for name, asked in wanted.items():
-        if asked:
-            raise ConfigurationError(
-                f"{name}: is understood, but this version cannot honour it yet; leave it at its default"
-            )
+def write_embedding(embedding: "PromptEmbedding") -> bytes:
+    """An embedding as it is stored between two workers."""
+    from zcore.imaging.text.embedding_file import to_bytes
+
+    return to_bytes(embedding)
+
+
+def read_embedding(content: bytes) -> "PromptEmbedding":
+    """An embedding that another worker stored. Raises `InvalidRequest` of the field `embeddings`."""
+    from zcore.imaging.text.embedding_file import from_bytes
+
+    return from_bytes(content)

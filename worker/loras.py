@@ -1,11 +1,12 @@
 """The LoRAs that this worker's jobs may name, and the last of them ready on the device.
 
 Takes sources of files by name and how a file is made ready; gives `LoraWeights`, kept within a bound of bytes, the
-longest unused given up first. A file that changed under its name is read anew. Belongs to the thread that paints. Does
-not know jobs.
+longest unused given up first. A file that changed under its name is read anew. Safe to share between threads. Does not
+know jobs.
 """
 
 import difflib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class LoraShelf:
         self._load = load
         self._limit_bytes = limit_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._turn = threading.Lock()
 
     @classmethod
     def empty(cls) -> "LoraShelf":
@@ -91,16 +93,16 @@ class LoraShelf:
 
     def get(self, name: str) -> "LoraWeights":
         """A LoRA, ready. Raises `InvalidRequest` for a name that is nowhere, naming near ones, and `InvalidLora`."""
-        file = next((found for source in self._sources if (found := source.find(name))), None)
-        if file is None:
-            self._kept.pop(name, None)
-            raise InvalidRequest.field("loras", f"there is no LoRA `{name}`{self._near(name)}")
-        kept = self._kept.pop(name, None)
-        if kept is None or kept.version != file.version:
-            kept = _Kept(file.version, self._load(file.read(), name))
-        self._kept[name] = kept
-        self._make_room()
-        return kept.weights
+        with self._turn:
+            file = next((found for source in self._sources if (found := source.find(name))), None)
+            kept = self._kept.pop(name, None)
+            if file is None:
+                raise InvalidRequest.field("loras", f"there is no LoRA `{name}`{self._near(name)}")
+            if kept is None or kept.version != file.version:
+                kept = _Kept(file.version, self._load(file.read(), name))
+            self._kept[name] = kept
+            self._make_room()
+            return kept.weights
 
     @property
     def kept_bytes(self) -> int:

@@ -235,10 +235,11 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What the operator's hardware allows, below the model's own bounds.
 
-    `max_pixels` counts one picture's width times height.
+    `max_pixels` counts one picture's width times height; `max_input_bytes` one file that is uploaded or fetched.
     """
 
     max_pixels: Annotated[int, Meta(ge=64 * 64)] = 4096 * 4096
+    max_input_bytes: Annotated[int, Meta(ge=1)] = 25 * 1024**2
 
 
 def parse_submission(body: Mapping[str, Any], defaults: GenerationDefaults, limits: RequestLimits) -> Submission:

@@ -8,8 +8,8 @@ generation leaves nothing behind for the next, whether it ended, was stopped or 
     pipe("A cat sleeping in sunlight", seed=42).save("output.png")
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from zcore.errors import InvalidRequest, OutOfMemory
 from zcore.imaging import geometry
 from zcore.imaging.input_picture import fitted, mask_fitted
+from zcore.imaging.inputs import Inputs
 from zcore.imaging.model import loader
 from zcore.imaging.model.attention import choose_attention, load_attention
 from zcore.imaging.model.checkpoint import PAINTING, encoder_family, locate, read_json, revision
@@ -51,21 +52,6 @@ class Progress:
 
 
 OnStep = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a request names by address, at hand: the picture it starts from, the mask over it, its prompt's embedding,
-    its LoRAs.
-
-    Pictures may have any mode and size; they are fitted by the request's `fit`. A mask is white where to paint anew.
-    """
-
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
-    embedding: PromptEmbedding | None = None
-    loras: Mapping[str, LoraWeights] = field(default_factory=dict[str, LoraWeights])
-    """By the names that the request uses; there may be others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,7 +404,7 @@ class ZImagePipeline:
             check_fits(
                 given,
                 hidden_size=self._model.prompt_width,
-                caption_tokens=self._limits.caption_tokens,
+                caption_tokens_limit=self._limits.caption_tokens,
                 encoder_family=self._family,
             )
             if wants_negative(request) and given.negative is None:

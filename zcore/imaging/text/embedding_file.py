@@ -11,26 +11,26 @@ format's name and version and the other fields of `PromptEmbedding`, each as tex
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import msgspec
 import torch
-from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from zcore.errors import EmbeddingMismatch, FieldError, InvalidRequest
+from zcore.errors import EmbeddingMismatch, FieldError
+from zcore.imaging.text.embedding_header import (
+    FIELD,
+    FORMAT,
+    VERSION,
+    EmbeddingOrigin,
+    read_header,
+    refused,
+    valid_origin,
+)
 from zcore.request import LongPromptMode
 
-FORMAT = "zimage.prompt_embedding"
-VERSION = "1"
-FIELD = "embeddings"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEADER_BYTES_AT_MOST = 65_536
-
-_Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-_Short = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,25 +62,14 @@ class PromptEmbedding:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise _refused(f"{path} cannot be read: {error.strerror}") from error
+            raise refused(f"{path} cannot be read: {error.strerror}") from error
         return from_bytes(content)
-
-
-class _Origin(msgspec.Struct, frozen=True):
-    """The header's metadata, but for format and version."""
-
-    prompt_tokens: Annotated[int, Meta(ge=1)]
-    layers: _Short
-    encoder_family: _Sha256
-    encoder_revision: _Short
-    long_prompt_mode: LongPromptMode
-    prompt_sha256: _Sha256
 
 
 def to_bytes(embedding: PromptEmbedding) -> bytes:
     """The file. Raises `InvalidRequest` for an embedding that could not be read back."""
-    origin = {name: str(getattr(embedding, name)) for name in _Origin.__struct_fields__}
-    _valid_origin(origin)
+    origin = {name: str(getattr(embedding, name)) for name in EmbeddingOrigin.__struct_fields__}
+    valid_origin(origin)
     tensors = {"embeds": embedding.embeds}
     if embedding.negative is not None:
         tensors["negative"] = embedding.negative
@@ -91,11 +80,11 @@ def to_bytes(embedding: PromptEmbedding) -> bytes:
 
 def from_bytes(content: bytes) -> PromptEmbedding:
     """What a file holds, on the CPU. Raises `InvalidRequest` on `embeddings`, in one sentence."""
-    origin = _valid_origin(_metadata(content))
+    origin = read_header(content).origin
     try:
         tensors = load(content)
     except SafetensorError as error:
-        raise _refused("breaks off, or its header does not fit its tensors") from error
+        raise refused("breaks off, or its header does not fit its tensors") from error
     _check_tensors(tensors)
     return PromptEmbedding(tensors["embeds"], tensors.get("negative"), **msgspec.structs.asdict(origin))
 
@@ -116,42 +105,18 @@ def check_fits(embedding: PromptEmbedding, *, hidden_size: int, caption_tokens_l
         raise EmbeddingMismatch([FieldError(f"/{FIELD}", fault) for fault in faults])
 
 
-def _metadata(content: bytes) -> dict[str, Any]:
-    """The header's metadata, looked at before anything of the file is trusted."""
-    length = int.from_bytes(content[:8], "little")
-    if not 0 < length <= min(HEADER_BYTES_AT_MOST, len(content) - 8):
-        raise _refused("is not a safetensors file of a prompt's embedding")
-    try:
-        header = msgspec.json.decode(content[8 : 8 + length], type=dict[str, dict[str, Any]])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _refused("is not a safetensors file of a prompt's embedding") from error
-    metadata = header.get("__metadata__", {})
-    if metadata.get("format") != FORMAT:
-        raise _refused(f"is a safetensors file of something else; its header has to say the format {FORMAT}")
-    if metadata.get("version") != VERSION:
-        raise _refused(f"is of version {metadata.get('version')} of its format; version {VERSION} is read here")
-    return metadata
-
-
-def _valid_origin(metadata: dict[str, Any]) -> _Origin:
-    try:
-        return msgspec.convert(metadata, _Origin, strict=False)  # numbers stand there as text
-    except msgspec.ValidationError as error:
-        raise _refused(f"has a header that is not as it has to be: {error}") from error
-
-
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
     if not {"embeds"} <= tensors.keys() <= {"embeds", "negative"}:
-        raise _refused(f"holds the tensors {sorted(tensors)}; they have to be `embeds` and, if any, `negative`")
+        raise refused(f"holds the tensors {sorted(tensors)}; they have to be `embeds` and, if any, `negative`")
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise _refused(f"has {name} in {_spelled(tensor.dtype)}; {', '.join(map(_spelled, DTYPES))} are taken")
+            raise refused(f"has {name} in {_spelled(tensor.dtype)}; {', '.join(map(_spelled, DTYPES))} are taken")
         if tensor.dim() != 2 or 0 in tensor.shape:
-            raise _refused(f"has {name} of the shape {list(tensor.shape)}; it has to be tokens by hidden size")
+            raise refused(f"has {name} of the shape {list(tensor.shape)}; it has to be tokens by hidden size")
         if not bool(tensor.isfinite().all()):
-            raise _refused(f"has {name} with values that are not finite")
+            raise refused(f"has {name} with values that are not finite")
     if len({(tensor.dtype, tensor.shape[1]) for tensor in tensors.values()}) > 1:
-        raise _refused("has embeds and negative of unlike dtype or hidden size")
+        raise refused("has embeds and negative of unlike dtype or hidden size")
 
 
 def _in_order(content: bytes) -> bytes:
@@ -160,10 +125,6 @@ def _in_order(content: bytes) -> bytes:
     header = msgspec.json.encode(msgspec.json.decode(content[8:end]), order="sorted")
     padded = header.ljust(-len(header) // 8 * -8)
     return len(padded).to_bytes(8, "little") + padded + content[end:]
-
-
-def _refused(complaint: str) -> InvalidRequest:
-    return InvalidRequest.field(FIELD, complaint)
 
 
 def _spelled(dtype: torch.dtype) -> str:
