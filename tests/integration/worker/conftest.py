@@ -15,8 +15,8 @@ from tests.waiting import wait_until
 from worker.encode import Encoder
 from worker.generate import Generator
 from worker.inputs import InputSource
-from worker.loras import LoraShelf
 from worker.loop import Workplace
+from worker.loras import LoraShelf
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
 from zcore.jobs import lifecycle, queries
