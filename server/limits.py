@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zcore.imaging.text.formatter import FormattedPrompt, format_request
+from zcore.errors import PromptTooLong
+from zcore.imaging.text.formatter import FormattedPrompt, format_negative, format_request
 from zcore.imaging.text.templates import TemplateLibrary
 from zcore.imaging.text.token_count import TokenCounter
 from zcore.request import GenerationRequest
@@ -16,16 +17,15 @@ from zcore.request import GenerationRequest
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """A prompt in its layout. The counts are None where the tokenizer is not at hand."""
+    """A prompt in its layout. The counts are None where the tokenizer is not at hand.
+
+    `kept_tokens`, what is left for the transformer, is None too where the request would be refused.
+    """
 
     prompt: FormattedPrompt
-    tokens: int | None
-    limit: int | None
-
-    @property
-    def kept_tokens(self) -> int | None:
-        """What is left for the transformer of a prompt that is made to fit."""
-        return None if self.tokens is None or self.limit is None else min(self.tokens, self.limit)
+    tokens: int | None = None
+    limit: int | None = None
+    kept_tokens: int | None = None
 
 
 class PromptLimit:
@@ -45,12 +45,20 @@ class PromptLimit:
     def check(self, request: GenerationRequest) -> None:
         """Raises `InvalidRequest` on `template`, and `PromptTooLong` where `long_prompt_mode` cannot make it fit."""
         formatted = format_request(request, self.templates)
-        if self._counter is not None:
-            self._counter.tokens(formatted, request.long_prompt_mode)
+        if self._counter is None:
+            return
+        self._counter.tokens(formatted, request.long_prompt_mode)
+        if request.is_guided:
+            self._counter.tokens(format_negative(request), request.long_prompt_mode, field="negative_prompt")
 
     def lay_out(self, request: GenerationRequest) -> LaidOut:
         """The prompt as it will be read, however long. Raises `InvalidRequest` on `template`."""
         prompt = format_request(request, self.templates)
         if self._counter is None:
-            return LaidOut(prompt, None, None)
-        return LaidOut(prompt, self._counter.count(prompt), self._counter.limit)
+            return LaidOut(prompt)
+        count, limit = self._counter.count(prompt), self._counter.limit
+        try:
+            self._counter.tokens(prompt, request.long_prompt_mode)
+        except PromptTooLong:
+            return LaidOut(prompt, count, limit)
+        return LaidOut(prompt, count, limit, kept_tokens=min(count, limit))

@@ -21,7 +21,7 @@ def list_templates(
     prompt_limit: NamedPromptLimit,
     category: FromQuery[str | None] = None,
     text: Annotated[
-        str | None, QueryParameter(max_length=200, description="A part of the name or the description")
+        str | None, QueryParameter(max_length=200, description="A part of the name, the description or the text")
     ] = None,
 ) -> TemplateList:
     """Names to be used as `template`, sorted by category and name."""

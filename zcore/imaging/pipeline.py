@@ -32,7 +32,7 @@ from zcore.imaging.model.lora_file import read_file
 from zcore.imaging.model.transformer import VelocityModel
 from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.profiler import GenerationMetrics, PhaseClock
-from zcore.imaging.prompt_encoder import PromptEncoder, wants_negative
+from zcore.imaging.prompt_encoder import PromptEncoder
 from zcore.imaging.sampling.denoise import Kept, Velocity, denoise, draw_noise, noised
 from zcore.imaging.sampling.guidance import guided
 from zcore.imaging.sampling.multipass import PlannedPass, enlarged, plan
@@ -407,7 +407,7 @@ class ZImagePipeline:
                 caption_tokens_limit=self._limits.caption_tokens,
                 encoder_family=self._family,
             )
-            if wants_negative(request) and given.negative is None:
+            if request.is_guided and given.negative is None:
                 raise InvalidRequest.field(
                     "guidance_scale", "needs the embedding of a negative prompt; encode it with one"
                 )

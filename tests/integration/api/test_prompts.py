@@ -81,6 +81,21 @@ def test_a_thought_that_leaves_no_room_for_the_prompt_is_refused_in_every_mode(o
     problem(open_api.post("/api/generate", json=body), 400, "prompt_too_long")
 
 
+def test_a_prompt_that_would_be_refused_keeps_no_tokens(open_api: Api) -> None:
+    for body in (
+        {"prompt": "fox " * 4000, "long_prompt_mode": "refuse"},
+        {"prompt": "a fox", "thinking_content": "hm " * 5000},
+    ):
+        shown = open_api.post("/api/format-prompt", json=body).json()
+        assert shown["tokens"] > shown["limit"]
+        assert shown["kept_tokens"] is None
+
+
+def test_a_negative_prompt_is_counted_too(open_api: Api) -> None:
+    body = {"prompt": "a fox", "negative_prompt": "fox " * 4000, "guidance_scale": 2.0, "long_prompt_mode": "refuse"}
+    assert pointers(problem(open_api.post("/api/generate", json=body), 400, "prompt_too_long")) == {"/negative_prompt"}
+
+
 def test_a_wrong_field_of_a_prompt_is_named(open_api: Api) -> None:
     document = problem(
         open_api.post("/api/format-prompt", json={"prompt": "a", "hidden_layer": 0}), 400, "invalid_request"
