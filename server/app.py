@@ -15,12 +15,12 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme, Server
 from litestar.types import ControllerRouterHandler
 
-from server.auth import Callers
+from server.auth import Callers, admin_only
 from server.limits import PromptLimit
 from server.pages import admin_routes, answer_people, template_config
 from server.playground import playground
 from server.problems import EXCEPTION_HANDLERS
-from server.routes import files, health, inputs, jobs, prompts, sizes
+from server.routes import files, health, inputs, jobs, loras, prompts, sizes
 from server.watch import Watch
 from zcore.broker import Doorbell, make_app
 from zcore.errors import StorageError
@@ -43,6 +43,7 @@ ROUTES: list[ControllerRouterHandler] = [
     prompts.get_template,
     prompts.format_prompt,
     sizes.list_sizes,
+    loras.list_loras,
     files.file,
 ]
 
@@ -87,6 +88,12 @@ def create_app(settings: Settings) -> Litestar:
             *ROUTES,
             playground,
             Router("/", route_handlers=[inputs.upload], request_max_body_size=settings.limits.max_input_bytes),
+            Router(
+                "/",
+                route_handlers=[loras.register_lora, loras.remove_lora],
+                guards=[admin_only(keys.admin)],
+                request_max_body_size=settings.lora.max_bytes,
+            ),
             *admin_routes(keys.admin, settings.public_url),
         ],
         dependencies={

@@ -6,16 +6,19 @@ jobs.
 
 import hmac
 import ipaddress
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
 
 from zcore.errors import Unauthorized
 from zcore.settings import ServerSettings
 
 LOCAL_OWNER = "local"
 Connection = ASGIConnection[Any, Any, Any, Any]
+Guard = Callable[[Connection, BaseRouteHandler], None]
 
 
 class Callers:
@@ -38,6 +41,16 @@ class Callers:
         if not fitting:
             raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`")
         return fitting[0]
+
+
+def admin_only(admin_key: str) -> Guard:
+    """A guard that lets in who gives the admin key as `Authorization: Bearer KEY`; raises `Unauthorized`."""
+
+    def refuse_others(connection: Connection, _: BaseRouteHandler) -> None:
+        if not hmac.compare_digest(_given_key(connection).encode(), admin_key.strip().encode()):
+            raise Unauthorized("the admin key is needed, as `Authorization: Bearer KEY`")
+
+    return refuse_others
 
 
 def _given_key(connection: Connection) -> str:

@@ -10,10 +10,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from zcore.errors import InvalidRequest
+from zcore.jobs import loras
+from zcore.jobs.database import Database
+from zcore.storage import Storage
 
 if TYPE_CHECKING:
     from zcore.imaging.model.lora import LoraWeights
@@ -61,6 +65,23 @@ class FolderOfLoras:
         if self._folder is None:
             return {}
         return {path.name.removesuffix(SUFFIX): path for path in self._folder.glob(f"*{SUFFIX}")}
+
+
+class RegisteredLoras:
+    """The library: names in the record, files in storage."""
+
+    def __init__(self, database: Database, storage: Storage) -> None:
+        self._database = database
+        self._storage = storage
+
+    def names(self) -> list[str]:
+        with self._database.read() as transaction:
+            return [lora.name for lora in loras.listed(transaction)]
+
+    def find(self, name: str) -> LoraFile | None:
+        with self._database.read() as transaction:
+            lora = loras.find(transaction, name)
+            return None if lora is None else LoraFile(lora.sha256, partial(self._storage.get, lora.storage_key))
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ class LoraSettings(_Section, frozen=True):
     scales: tuple[float, ...] = ()
     folder: str = ""
     cache_bytes: Annotated[int, Meta(ge=0)] = 1024**3
+    max_bytes: Annotated[int, Meta(ge=1)] = 1024**3
 
 
 class DatabaseSettings(_Section, frozen=True):
