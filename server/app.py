@@ -15,7 +15,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme, Server
 from litestar.types import ControllerRouterHandler
 
-from server.auth import Callers, admin_only
+from server.auth import Callers
 from server.limits import PromptLimit
 from server.pages import admin_routes, answer_people, template_config
 from server.playground import playground
@@ -43,7 +43,6 @@ ROUTES: list[ControllerRouterHandler] = [
     prompts.get_template,
     prompts.format_prompt,
     sizes.list_sizes,
-    loras.list_loras,
     files.file,
 ]
 
@@ -52,7 +51,7 @@ def create_app(settings: Settings) -> Litestar:
     """The application of these settings.
 
     Raises `ZImageError` where they cannot work; connects to nothing yet but storage. `state.watch` is the `Watch` that
-    holds waiting requests.
+    holds waiting requests, `state.admin_key` what `auth.admin_only` asks for.
     """
     keys = load_keys(settings)
     database = Database(settings.database_url, settings.database.pool_size)
@@ -90,8 +89,7 @@ def create_app(settings: Settings) -> Litestar:
             Router("/", route_handlers=[inputs.upload], request_max_body_size=settings.limits.max_input_bytes),
             Router(
                 "/",
-                route_handlers=[loras.register_lora, loras.remove_lora],
-                guards=[admin_only(keys.admin)],
+                route_handlers=[loras.list_loras, loras.register_lora, loras.remove_lora],
                 request_max_body_size=settings.lora.max_bytes,
             ),
             *admin_routes(keys.admin, settings.public_url),
@@ -103,7 +101,7 @@ def create_app(settings: Settings) -> Litestar:
         exception_handlers=answer_people(EXCEPTION_HANDLERS),
         template_config=template_config(),
         lifespan=[lifespan],
-        state=State({"watch": watch}),
+        state=State({"watch": watch, "admin_key": keys.admin}),
         request_max_body_size=BODY_LIMIT_BYTES,
         openapi_config=_openapi(settings),
         logging_config=None,  # `zcore.telemetry` has configured it

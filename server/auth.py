@@ -6,7 +6,6 @@ jobs.
 
 import hmac
 import ipaddress
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +17,6 @@ from zcore.settings import ServerSettings
 
 LOCAL_OWNER = "local"
 Connection = ASGIConnection[Any, Any, Any, Any]
-Guard = Callable[[Connection, BaseRouteHandler], None]
 
 
 class Callers:
@@ -43,14 +41,14 @@ class Callers:
         return fitting[0]
 
 
-def admin_only(admin_key: str) -> Guard:
-    """A guard that lets in who gives the admin key as `Authorization: Bearer KEY`; raises `Unauthorized`."""
+def admin_only(connection: Connection, _: BaseRouteHandler) -> None:
+    """A guard that lets in who gives the admin key, as `Authorization: Bearer KEY`. Raises `Unauthorized`.
 
-    def refuse_others(connection: Connection, _: BaseRouteHandler) -> None:
-        if not hmac.compare_digest(_given_key(connection).encode(), admin_key.strip().encode()):
-            raise Unauthorized("the admin key is needed, as `Authorization: Bearer KEY`")
-
-    return refuse_others
+    The application has that key as `state.admin_key`.
+    """
+    admin_key: str = connection.app.state.admin_key
+    if not hmac.compare_digest(_given_key(connection).encode(), admin_key.strip().encode()):
+        raise Unauthorized("the admin key is needed, as `Authorization: Bearer KEY`")
 
 
 def _given_key(connection: Connection) -> str:

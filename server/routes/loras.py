@@ -10,6 +10,7 @@ from litestar.openapi.spec.enums import OpenAPIFormat
 from litestar.params import FromPath, QueryParameter, RawBody
 
 from server import media_types
+from server.auth import admin_only
 from server.dependencies import NamedDatabase, NamedStorage, Owner
 from server.problems import refusal
 from server.schemas import LoraList, RegisteredLora
@@ -32,7 +33,7 @@ class _UploadOperation(Operation):
 
 @post(
     "/api/loras",
-    guards=[media_types.only("application/octet-stream")],
+    guards=[admin_only, media_types.only("application/octet-stream")],
     status_code=201,
     tags=["loras"],
     summary="Register a LoRA",
@@ -77,6 +78,7 @@ def list_loras(owner: Owner, database: NamedDatabase) -> LoraList:
 
 @delete(
     "/api/loras/{name:str}",
+    guards=[admin_only],
     tags=["loras"],
     summary="Remove a LoRA",
     responses={

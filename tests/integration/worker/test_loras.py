@@ -9,8 +9,9 @@ import pytest
 
 from tests.integration.worker.conftest import Studio
 from tests.integration.worker.painter import Painter
-from worker.loras import FolderOfLoras, LoraShelf
+from worker.loras import FolderOfLoras, LoraShelf, RegisteredLoras
 from zcore.errors import InvalidRequest
+from zcore.jobs import loras
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,15 @@ def test_a_job_gets_its_loras_and_one_that_names_another_fails_for_good(studio: 
     failed = studio.look(bad)
     assert (failed.status, failed.attempt, failed.error_code) == ("failed", 1, "invalid_request")
     assert "there is no LoRA `dusk`" in str(failed.error_message)
+
+
+def test_the_library_reaches_the_worker(studio: Studio) -> None:
+    studio.storage.put(loras.key_of("0a"), b"z" * 10, "application/octet-stream")
+    with studio.database.write() as transaction:
+        loras.register(transaction, loras.UploadedLora("dawn", "0a", "MIT", 10))
+    shelf = LoraShelf([FolderOfLoras(None), RegisteredLoras(studio.database, studio.storage)], Loader(), 100)
+    assert shelf.get("dawn").content == b"z" * 10  # pyright: ignore[reportAttributeAccessIssue]
+    with studio.database.write() as transaction:
+        assert loras.remove(transaction, "dawn") == loras.key_of("0a")
+    with pytest.raises(InvalidRequest):
+        shelf.get("dawn")

@@ -15,8 +15,9 @@ matrix: low ranks of all LoRAs are one low rank, a Kronecker product is two smal
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -90,7 +91,10 @@ def bind(lora: Lora, name: str, network: nn.Module, device: torch.device) -> Lor
 
 def adapted(network: nn.Module, loras: Sequence[ScaledLora], dtype: torch.dtype) -> nn.Module:
     """The network with these LoRAs beside it; itself where none has a scale other than 0. `dtype` is its arithmetic."""
-    changes = {name: _Adapted(network.get_submodule(name), layers, dtype) for name, layers in _by_layer(loras).items()}
+    factors: _Factors = cache(_factors)  # the same for nearly all layers
+    changes = {
+        name: _Adapted(network.get_submodule(name), layers, dtype, factors) for name, layers in _by_layer(loras).items()
+    }
     return _with_layers(network, changes) if changes else network
 
 
@@ -112,15 +116,16 @@ def fuse(network: nn.Module, loras: Sequence[ScaledLora]) -> None:
 
 
 _Scaled = tuple[BoundLayer, float]
+_Factors = Callable[[tuple[tuple[int, float], ...], torch.device], Tensor]
 
 
 class _Adapted(nn.Module):
     """A linear layer and what is beside it. The layer may compute as it likes: quantised ones as well."""
 
-    def __init__(self, base: nn.Module, layers: Sequence[_Scaled], dtype: torch.dtype) -> None:
+    def __init__(self, base: nn.Module, layers: Sequence[_Scaled], dtype: torch.dtype, factors: _Factors) -> None:
         super().__init__()
         self.base = base
-        self._low_rank = _joined([one for one in layers if isinstance(one[0].change, LowRank)], dtype)
+        self._low_rank = _joined([one for one in layers if isinstance(one[0].change, LowRank)], dtype, factors)
         self._products = [
             _Product.of(layer, layer.change, scale, dtype)
             for layer, scale in layers
@@ -139,7 +144,7 @@ class _Adapted(nn.Module):
         if self._gain is not None:
             y = self._gain.factor * y + self._gain.shift
         if self._low_rank is not None:
-            y = y + functional.linear(functional.linear(x, self._low_rank.down), self._low_rank.up)
+            y = y + self._low_rank(x)
         for product in self._products:
             y = y + product(x)
         return y
@@ -147,8 +152,14 @@ class _Adapted(nn.Module):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _JoinedLowRank:
+    """up (factors * (down x)), the factors in float32. Of one LoRA alone, no matrix is copied."""
+
     down: Tensor  # (R, in)
-    up: Tensor  # (out, R), all factors in it
+    up: Tensor  # (out, R)
+    factors: Tensor  # (R,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear((functional.linear(x, self.down) * self.factors).to(x.dtype), self.up)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,18 +177,18 @@ class _Product:
     left: Tensor  # (a, b)
     right: Tensor  # (c, d)
     first: int
-    factor: Tensor  # (rows,)
+    factor: Tensor  # (rows,), float32
 
     @classmethod
     def of(cls, layer: BoundLayer, change: Kronecker, scale: float, dtype: torch.dtype) -> "_Product":
         ones = torch.ones(change.count, device=change.left.device)
         factor = scale * change.factor * (ones if layer.gain is None else layer.gain)
-        return cls(change.left.to(dtype), change.right.to(dtype), change.first, factor.to(dtype))
+        return cls(change.left.to(dtype), change.right.to(dtype), change.first, factor)
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = x.reshape(*x.shape[:-1], self.left.shape[1], self.right.shape[1])  # (..., b, d)
         rows = (self.left @ functional.linear(parts, self.right)).flatten(-2)  # (..., a c)
-        return self.factor * rows.narrow(-1, self.first, self.factor.shape[0])
+        return (self.factor * rows.narrow(-1, self.first, self.factor.shape[0])).to(x.dtype)
 
 
 def _by_layer(loras: Sequence[ScaledLora]) -> dict[str, list[_Scaled]]:
@@ -189,22 +200,29 @@ def _by_layer(loras: Sequence[ScaledLora]) -> dict[str, list[_Scaled]]:
     return found
 
 
-def _joined(layers: Sequence[_Scaled], dtype: torch.dtype) -> _JoinedLowRank | None:
-    """Several low ranks as one, their factors multiplied in float32."""
+def _joined(layers: Sequence[_Scaled], dtype: torch.dtype, factors: _Factors) -> _JoinedLowRank | None:
+    """Several low ranks as one."""
     changes = [(cast(LowRank, layer.change), layer.gain, scale) for layer, scale in layers]
     if not changes:
         return None
     downs = [change.down.to(dtype) for change, _, _ in changes]
-    ups = [
-        (change.up.float() * (scale * change.factor if gain is None else (scale * change.factor * gain)[:, None]))
-        for change, gain, scale in changes
-    ]
+    ups = [(change.up if gain is None else gain[:, None] * change.up.float()).to(dtype) for change, gain, _ in changes]
     rank = sum(down.shape[0] for down in downs)
     missing = max(SMALLEST_RANK, 1 << (rank - 1).bit_length()) - rank
+    if missing:
+        downs.append(downs[0].new_zeros(missing, downs[0].shape[1]))
+        ups.append(ups[0].new_zeros(ups[0].shape[0], missing))
+    parts = tuple((change.down.shape[0], scale * change.factor) for change, _, scale in changes)
     return _JoinedLowRank(
-        functional.pad(torch.cat(downs), (0, 0, 0, missing)),
-        functional.pad(torch.cat(ups, 1).to(dtype), (0, missing)),
+        downs[0] if len(downs) == 1 else torch.cat(downs),
+        ups[0] if len(ups) == 1 else torch.cat(ups, 1),
+        factors((*parts, (missing, 0.0)), downs[0].device),
     )
+
+
+def _factors(parts: tuple[tuple[int, float], ...], device: torch.device) -> Tensor:
+    """Each number as often as is said."""
+    return torch.tensor([number for count, number in parts for _ in range(count)], device=device)
 
 
 def _gain(layers: Sequence[_Scaled], bias: Tensor | None, dtype: torch.dtype) -> _Gain | None:
