@@ -61,8 +61,8 @@ Fit = Literal["cover", "contain", "stretch"]
 LayerName = Annotated[str, Meta(pattern=r"^-([1-9]|[12][0-9]|3[0-6])$")]
 LayerWeight = Annotated[float, Meta(gt=0.0, le=1000.0)]
 SystemText = Annotated[str, Meta(max_length=PROMPT_LIMIT_CHARACTERS)]
-LoraName = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="A LoRA of this service, by name.")
+LoraName = Annotated[  # `$` alone would let a last line end through
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$(?!\n)", description="A LoRA of this service, by name.")
 ]
 LoraScale = Annotated[
     float, Meta(ge=-10.0, le=10.0, description="How strongly it acts; 0 not at all, below 0 the other way.")

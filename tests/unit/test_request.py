@@ -137,6 +137,7 @@ OUTSIDE = {
         [{"name": "night", "weight": 1}],
         [{"name": "../night"}],
         [{"name": ".night"}],
+        [{"name": "night\n"}],
         [{"name": "n" * 101}],
         [{"name": f"night-{index}"} for index in range(9)],
     ],
