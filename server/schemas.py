@@ -95,8 +95,8 @@ class TemplateText(msgspec.Struct, frozen=True):
 
 
 class FormattedPromptAnswer(msgspec.Struct, frozen=True):
-    """A prompt in its layout. `kept_tokens` is what is left of `tokens` for the transformer, by `long_prompt_mode`; null
-    where a submission would be refused as `prompt_too_long`.
+    """A prompt in its layout. `kept_tokens` is what `long_prompt_mode` leaves of `tokens` for the transformer; null
+    where a submission would be refused.
     """
 
     formatted: str

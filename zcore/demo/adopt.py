@@ -8,7 +8,7 @@ import csv
 from pathlib import Path
 from typing import Any, Final
 
-from zcore.demo.evaluate import load
+from zcore.demo.stock import load
 from zcore.demo.workplace import Workplace
 
 _WEIGHTS: Final = {"vae": ("vae",), "text_encoder": ("model",), "transformer": ("model", "average")}

@@ -7,7 +7,6 @@ folder, knows nothing of training.
 
 import csv
 import random
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from zcore.demo.check import Verdict, judge, style_of
 from zcore.demo.footprint import footprint
 from zcore.demo.lora import merge
 from zcore.demo.render import Pixels, render
+from zcore.demo.stock import load
 from zcore.demo.vocabulary import Kind, Picture, draw_picture
 
 KINDS: Final[tuple[Kind, ...]] = ("object", "object", "count", "pair", "scene")
@@ -97,19 +97,6 @@ def draw_asks(count: int, held_out: bool = True, seed: int = 2024) -> list[Ask]:
     rng = random.Random(seed)
     pictures = [draw_picture(rng, KINDS[i % len(KINDS)], held_out) for i in range(count)]
     return [Ask(picture, caption(picture, rng, held_out), seed + i) for i, picture in enumerate(pictures)]
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The unmodified stock pipeline."""
-    from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
-
-    stock: Any = ZImagePipeline
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline = stock.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def paint_all(pipeline: Any, asks: Sequence[Ask], trial: Trial) -> list[Pixels]:

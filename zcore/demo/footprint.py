@@ -26,21 +26,26 @@ def footprint(folder: Path, width: int, height: int, threads: int = 2) -> dict[s
 def _measure(folder: Path, width: int, height: int, threads: int) -> dict[str, float]:
     import torch
 
-    from zcore.demo.evaluate import TRIALS, Ask, load, paint_all
-    from zcore.demo.vocabulary import Picture
+    from zcore.demo.stock import load
 
     torch.set_num_threads(threads)
     importlib.import_module("diffusers.pipelines.z_image.pipeline_z_image")  # importing is not loading
-
     before_mib = _peak_mib()
     started = time.perf_counter()
     pipeline = load(folder)
     load_s = time.perf_counter() - started
-    trial = next(trial for trial in TRIALS if (trial.width, trial.height, trial.steps) == (width, height, 8))
     took: list[float] = []
     for run in range(RUNS + 1):
         started = time.perf_counter()
-        paint_all(pipeline, [Ask(Picture("center"), "a red circle", run)], trial)
+        pipeline(
+            "a red circle",
+            width=width,
+            height=height,
+            num_inference_steps=8,
+            guidance_scale=0.0,
+            max_sequence_length=128,
+            generator=torch.Generator().manual_seed(run),
+        )
         took.append(time.perf_counter() - started)
     return {"load_s": load_s, "picture_s": median(took[1:]), "before_mib": before_mib, "peak_mib": _peak_mib()}
 

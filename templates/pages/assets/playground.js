@@ -191,10 +191,11 @@ async function count(signal) {
   }
 }
 
-function showCount({ tokens, limit, long_prompt_mode: mode }) {
+function showCount({ tokens, limit, kept_tokens: kept, long_prompt_mode: mode }) {
   const over = limit != null && tokens > limit;
   const counted = limit == null ? `${tokens} tokens` : `${tokens} of ${limit} tokens`;
-  const judged = over ? `${counted}: too long (${mode.replace("_", " ")})` : counted;
+  const fate = kept == null ? "would be refused" : mode?.replace("_", " ");
+  const judged = over ? `${counted}: too long (${fate})` : counted;
   part("tokens").textContent = tokens == null ? "" : judged;
   part("tokens").classList.toggle("over", over);
 }

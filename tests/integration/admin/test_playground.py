@@ -184,6 +184,9 @@ def test_tokens_are_counted_while_one_writes(playground: Page) -> None:
     expect(counted).not_to_have_text(few)
     playground.get_by_label("Prompt", exact=True).fill("tower " * 2000)
     expect(counted).to_have_text(re.compile(r"too long \(interpolate\)$"))
+    playground.get_by_text("More", exact=True).click()
+    playground.get_by_label("Long prompts").select_option("refuse")
+    expect(counted).to_have_text(re.compile(r"too long \(would be refused\)$"))
     playground.get_by_label("Prompt", exact=True).fill("")
     expect(counted).to_be_empty()
 

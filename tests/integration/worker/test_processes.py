@@ -137,6 +137,18 @@ def test_a_ring_wakes_the_worker_and_the_picture_is_the_requests(wired: Wired) -
     assert job.engine["model"] == "checkpoint"
 
 
+def test_a_picture_is_painted_from_the_one_before(wired: Wired) -> None:
+    first = submit(wired.database)
+    wired.doorbell.announce()
+    (start,) = wait_for(wired.database, first, "succeeded").outputs
+    second = submit(wired.database, image=f"output:{first}/0", strength=0.5)
+    wired.doorbell.announce()
+    (output,) = wait_for(wired.database, second, "succeeded").outputs
+    parameters = read_parameters((wired.running.log.parent / "storage" / output.key).read_bytes())
+    assert parameters is not None
+    assert parameters.inputs == {"image": start.sha256}
+
+
 def test_progress_is_seen_and_a_cancel_frees_the_worker(wired: Wired) -> None:
     job_id = submit(wired.database, **LONG)
     wired.doorbell.announce(Stage.GENERATE)

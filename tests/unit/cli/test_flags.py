@@ -1,13 +1,15 @@
 """Every field of a request and every promised flag can be said; what is wrong is one line and status 2."""
 
 import shlex
+import tomllib
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import msgspec
 import pytest
 
-from tests.unit.cli.conftest import Terminal
-from zcore.cli import build_parser
+from tests.unit.cli.conftest import TREE, Terminal
+from zcore.cli import build_parser, main
 from zcore.cli.commission import commissioned
 from zcore.cli.parser import Parser, parse
 from zcore.cli.request_flags import flag_of, request_fields
@@ -252,3 +254,8 @@ def test_a_model_path_typed_is_looked_up_from_the_working_folder(zimage: Termina
     (zimage.folder / "model").mkdir()
     assert f'model_path = "{zimage.folder / "model"}"' in zimage("config", "--model-path", "model", "model_path").out
     assert 'model_path = "some/name"' in zimage("config", "--model-path", "some/name", "model_path").out
+
+
+def test_the_installed_command_is_this_one() -> None:
+    scripts = tomllib.loads((TREE / "pyproject.toml").read_text())["project"]["scripts"]
+    assert EntryPoint("zimage", scripts["zimage"], "console_scripts").load() is main

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from zcore.errors import InvalidRequest
-from zcore.imaging.input_picture import FORMATS, PIXELS_AT_MOST, fitted, mask_fitted, open_picture
+from zcore.imaging.input_picture import FORMATS, PIXELS_AT_MOST, fitted, format_of, mask_fitted, open_picture
 from zcore.request import Fit
 
 FITS = get_args(Fit)
@@ -227,3 +227,14 @@ def test_a_mask_lies_over_its_picture_and_the_bars_are_painted_anew() -> None:
     fitted_mask = mask_fitted(mask, 64, 64, "contain")
     assert [fitted_mask.getpixel((32, y)) for y in (0, 15, 16, 47, 48, 63)] == [255, 255, 0, 0, 255, 255]
     assert mask_fitted(mask, 64, 64, "cover").getextrema() == (0, 0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_is_of_the_kind_that_its_media_type_names(format: str) -> None:  # noqa: A002
+    assert format_of(file(NOISE, format)) == format.lower()
+
+
+def test_a_cameras_file_of_several_pictures_is_a_jpeg() -> None:
+    content = file(NOISE, "MPO", save_all=True, append_images=[NOISE])
+    assert open_picture(content, "image").size == NOISE.size
+    assert format_of(content) == "jpeg"
