@@ -20,7 +20,7 @@ from server.limits import PromptLimit
 from server.pages import admin_routes, answer_people, template_config
 from server.playground import playground
 from server.problems import EXCEPTION_HANDLERS
-from server.routes import files, health, inputs, jobs, prompts, sizes
+from server.routes import files, health, inputs, jobs, loras, prompts, sizes
 from server.watch import Watch
 from zcore.broker import Doorbell, make_app
 from zcore.errors import StorageError
@@ -51,7 +51,7 @@ def create_app(settings: Settings) -> Litestar:
     """The application of these settings.
 
     Raises `ZImageError` where they cannot work; connects to nothing yet but storage. `state.watch` is the `Watch` that
-    holds waiting requests.
+    holds waiting requests, `state.admin_key` what `auth.admin_only` asks for.
     """
     keys = load_keys(settings)
     database = Database(settings.database_url, settings.database.pool_size)
@@ -87,6 +87,11 @@ def create_app(settings: Settings) -> Litestar:
             *ROUTES,
             playground,
             Router("/", route_handlers=[inputs.upload], request_max_body_size=settings.limits.max_input_bytes),
+            Router(
+                "/",
+                route_handlers=[loras.list_loras, loras.register_lora, loras.remove_lora],
+                request_max_body_size=settings.lora.max_bytes,
+            ),
             *admin_routes(keys.admin, settings.public_url),
         ],
         dependencies={
@@ -96,7 +101,7 @@ def create_app(settings: Settings) -> Litestar:
         exception_handlers=answer_people(EXCEPTION_HANDLERS),
         template_config=template_config(),
         lifespan=[lifespan],
-        state=State({"watch": watch}),
+        state=State({"watch": watch, "admin_key": keys.admin}),
         request_max_body_size=BODY_LIMIT_BYTES,
         openapi_config=_openapi(settings),
         logging_config=None,  # `zcore.telemetry` has configured it

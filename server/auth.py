@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
 
 from zcore.errors import Unauthorized
 from zcore.settings import ServerSettings
@@ -38,6 +39,16 @@ class Callers:
         if not fitting:
             raise Unauthorized("a valid API key is needed, as `Authorization: Bearer KEY`")
         return fitting[0]
+
+
+def admin_only(connection: Connection, _: BaseRouteHandler) -> None:
+    """A guard that lets in who gives the admin key, as `Authorization: Bearer KEY`. Raises `Unauthorized`.
+
+    The application has that key as `state.admin_key`.
+    """
+    admin_key: str = connection.app.state.admin_key
+    if not hmac.compare_digest(_given_key(connection).encode(), admin_key.strip().encode()):
+        raise Unauthorized("the admin key is needed, as `Authorization: Bearer KEY`")
 
 
 def _given_key(connection: Connection) -> str:

@@ -18,6 +18,22 @@ class JobPage(msgspec.Struct, frozen=True):
     next: str | None
 
 
+class RegisteredLora(msgspec.Struct, frozen=True):
+    """A LoRA that requests may name. `sha256` is of its file, in hexadecimal."""
+
+    name: str
+    sha256: str
+    licence: str
+    bytes: int
+    created_at: datetime
+
+
+class LoraList(msgspec.Struct, frozen=True):
+    """All of them, by name."""
+
+    loras: list[RegisteredLora]
+
+
 class UploadedInput(msgspec.Struct, frozen=True):
     """An uploaded picture. `id` is what `image` and `mask` of a submission take until `expires_at`.
 

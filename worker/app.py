@@ -29,6 +29,7 @@ from worker.generate import Generator
 from worker.gpu import load_pipeline, read_embedding, write_embedding
 from worker.inputs import InputSource
 from worker.loop import JobLoop, Workplace
+from worker.loras import FolderOfLoras, LoraShelf, RegisteredLoras
 from worker.presence import Presence
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
@@ -157,8 +158,11 @@ def _open_loop(parts: _Parts, name: str) -> JobLoop:
         on_broken=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
     if Stage.GENERATE in settings.worker.stages:
-        inputs = InputSource(parts.database, parts.storage, settings.webhooks, settings.limits.max_input_bytes)
-        return Generator(load_pipeline(settings), read_embedding, inputs, workplace)
+        pipeline = load_pipeline(settings)
+        sources = [FolderOfLoras(settings.lora_path), RegisteredLoras(parts.database, parts.storage)]
+        loras = LoraShelf(sources, pipeline.load_lora, settings.lora.cache_bytes)
+        inputs = InputSource(parts.database, parts.storage, settings.webhooks, settings.limits.max_input_bytes, loras)
+        return Generator(pipeline, read_embedding, inputs, workplace)
     return Encoder(load_encoder(settings), write_embedding, workplace)
 
 

@@ -155,7 +155,7 @@ class Generator(JobLoop):
     def _engine(self, painted: _Painted) -> dict[str, str]:
         """What made the pictures: this pipeline, and before it whoever encoded the prompt."""
         encoder = painted.job.engine if painted.from_embedding else {}
-        return {**encoder, **self._pipeline.describe()}
+        return {**encoder, **painted.result.made_by}
 
 
 def _metrics(painted: _Painted, upload_ms: int) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What a request starts from, fetched: uploads and earlier pictures from storage, everything else from the web.
+"""What a request starts from, fetched: uploads and earlier pictures from storage, LoRAs from this worker's shelf,
+everything else from the web.
 
 Takes a request and its owner, who reaches nothing of other owners; gives pictures for the pipeline, and the SHA-256 of
 each file. An address on the web is as guarded as a webhook's, and is read no further than the operator allows. Does not
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import httpx
 
 from worker.addresses import ForbiddenAddress, UnknownHost, resolve
+from worker.loras import LoraShelf
 from worker.outbound import Outbound
 from zcore.errors import InputUnavailable, NotFound
 from zcore.imaging.input_picture import open_picture
@@ -30,7 +32,7 @@ TOO_MANY_REQUESTS = 429
 
 @dataclass(frozen=True, slots=True)
 class FetchedInputs:
-    """The pictures that a request names, and of each, by its field, the SHA-256 of its file in hexadecimal."""
+    """What a request names, and of each picture, by its field, the SHA-256 of its file in hexadecimal."""
 
     pictures: Inputs
     sha256s: Mapping[str, str]
@@ -39,12 +41,22 @@ class FetchedInputs:
 class InputSource:
     """Where the inputs of jobs come from. Safe to share between threads."""
 
-    def __init__(self, database: Database, storage: Storage, web: WebhooksSettings, max_bytes: int) -> None:
-        """`web` says which addresses are allowed and how long one picture may take; `max_bytes` how large it may be."""
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage,
+        web: WebhooksSettings,
+        max_bytes: int,
+        loras: LoraShelf | None = None,
+    ) -> None:
+        """`web` says which addresses are allowed and how long one picture may take; `max_bytes` how large it may be.
+        Without `loras` there are none.
+        """
         self._database = database
         self._storage = storage
         self._web = web
         self._max_bytes = max_bytes
+        self._loras = loras or LoraShelf.empty()
         self._outbound = Outbound()
 
     def fetch(self, request: GenerationRequest, owner: str) -> FetchedInputs:
@@ -56,7 +68,8 @@ class InputSource:
         files = {name: self._read(name, address, owner) for name, address in named.items()}
         pictures = {name: open_picture(content, name) for name, content in files.items()}
         sha256s = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        return FetchedInputs(Inputs(pictures.get("image"), pictures.get("mask")), sha256s)
+        loras = {use.name: self._loras.get(use.name) for use in request.loras}
+        return FetchedInputs(Inputs(pictures.get("image"), pictures.get("mask"), loras=loras), sha256s)
 
     def _read(self, field: str, address: str, owner: str) -> bytes:
         if upload := INPUT_ID.fullmatch(address):

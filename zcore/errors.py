@@ -5,6 +5,7 @@
     ├── InvalidRequest            the caller's input is outside its bounds
     │   ├── PromptTooLong         the prompt has more tokens than the model can place
     │   ├── EmbeddingMismatch     a prompt's embedding was made for another model
+    │   ├── InvalidLora           a LoRA file is not understood whole, or does not fit the model
     │   └── KeyReused             the Idempotency-Key belongs to another body
     ├── NotFound                  the thing named does not exist
     ├── Gone                      it existed, and was purged
@@ -25,7 +26,7 @@ Takes nothing, gives types. Does not know HTTP: `server.problems` maps these to 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class ZImageError(Exception):
@@ -66,7 +67,7 @@ class InvalidRequest(ZImageError):
         self.errors = errors
 
     @classmethod
-    def field(cls, name: str, detail: str) -> "InvalidRequest":
+    def field(cls, name: str, detail: str) -> Self:
         """The common case: one field is wrong."""
         return cls([FieldError(f"/{name}", detail)])
 
@@ -81,6 +82,12 @@ class EmbeddingMismatch(InvalidRequest):
     """The embedding of a prompt was made for another model, and cannot condition this one."""
 
     code = "embedding_mismatch"
+
+
+class InvalidLora(InvalidRequest):
+    """A LoRA file is not understood to its last tensor, or was made for another model."""
+
+    code = "invalid_lora"
 
 
 class KeyReused(InvalidRequest):

@@ -61,6 +61,12 @@ Fit = Literal["cover", "contain", "stretch"]
 LayerName = Annotated[str, Meta(pattern=r"^-([1-9]|[12][0-9]|3[0-6])$")]
 LayerWeight = Annotated[float, Meta(gt=0.0, le=1000.0)]
 SystemText = Annotated[str, Meta(max_length=PROMPT_LIMIT_CHARACTERS)]
+LoraName = Annotated[  # `$` alone would let a last line end through
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$(?!\n)", description="A LoRA of this service, by name.")
+]
+LoraScale = Annotated[
+    float, Meta(ge=-10.0, le=10.0, description="How strongly it acts; 0 not at all, below 0 the other way.")
+]
 InputAddress = Annotated[str, Meta(min_length=1, max_length=2048)]
 
 INPUT_ID = re.compile(r"input:([0-9a-f]{64})")
@@ -85,6 +91,13 @@ class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     strength: Strength | None = None
     shift: Shift | None = None
     guidance_scale: GuidanceScale | None = None
+
+
+class LoraUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A LoRA that acts on a picture, and how strongly."""
+
+    name: LoraName
+    scale: LoraScale = 1.0
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -169,6 +182,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     passes: Annotated[
         tuple[Pass, ...],
         Meta(max_length=4, description="Multi-pass: sizes growing to the final one, each refining the last."),
+    ] = ()
+    loras: Annotated[
+        tuple[LoraUse, ...], Meta(max_length=8, description="LoRAs that act together, each by name and scale.")
     ] = ()
     seed: Annotated[
         int,
@@ -375,6 +391,12 @@ def _request_faults(valid: Mapping[str, Any], limits: RequestLimits, inputs: _In
     faults += [FieldError(f"/{name}", inputs.described) for name in refused]
     if "mask" in addresses and "image" not in addresses and "mask" not in refused:
         faults.append(FieldError("/mask", "needs an `image` that it is laid over"))
+    loras = [lora.name for lora in valid.get("loras", ())]
+    faults += [
+        FieldError(f"/loras/{index}/name", f"`{name}` is named before; give it one scale")
+        for index, name in enumerate(loras)
+        if name in loras[:index]
+    ]
     return [*faults, *_pass_faults(valid)]
 
 

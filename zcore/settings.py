@@ -124,10 +124,13 @@ class SlgSettings(_Section, frozen=True):
 
 
 class LoraSettings(_Section, frozen=True):
-    """LoRA files applied to every picture."""
+    """LoRA files fused for every picture, and the library that requests choose from."""
 
     paths: tuple[str, ...] = ()
     scales: tuple[float, ...] = ()
+    folder: str = ""
+    cache_bytes: Annotated[int, Meta(ge=0)] = 1024**3
+    max_bytes: Annotated[int, Meta(ge=1)] = 1024**3
 
 
 class DatabaseSettings(_Section, frozen=True):
@@ -267,6 +270,21 @@ class Settings(_Section, frozen=True):
         """The checkpoint's folder as an absolute path where there is one, else the hub id as written."""
         folder = TREE / self.model_path
         return str(folder) if folder.is_dir() else self.model_path
+
+    @property
+    def lora_path(self) -> Path | None:
+        """The folder of LoRAs that requests may name, if any."""
+        return TREE / self.lora.folder if self.lora.folder else None
+
+    @property
+    def fused_loras(self) -> list[tuple[Path, float]]:
+        """The LoRAs of every picture, with their scales. Raises `ConfigurationError` where there are not as many."""
+        scales = self.lora.scales or (1.0,) * len(self.lora.paths)
+        if len(scales) != len(self.lora.paths):
+            raise ConfigurationError(
+                f"lora.scales: {len(scales)} scales for {len(self.lora.paths)} files; give one for each, or none"
+            )
+        return [(TREE / path, scale) for path, scale in zip(self.lora.paths, scales, strict=True)]
 
     @property
     def database_url(self) -> str:

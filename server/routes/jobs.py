@@ -30,7 +30,7 @@ from server.dependencies import (
 from server.problems import refusal
 from server.schemas import SUBMISSION_EXAMPLES, JobPage, submission_schema
 from zcore.errors import Gone, InvalidRequest
-from zcore.jobs import lifecycle, queries
+from zcore.jobs import lifecycle, loras, queries
 from zcore.jobs.database import Database
 from zcore.jobs.queries import JobFilter
 from zcore.jobs.resource import JobResource, describe
@@ -249,6 +249,8 @@ def _accept(
             idempotency_key,
             settings.jobs.first_stage,
         )
+        if not (submitted.replayed or settings.lora.folder):  # what a folder holds only its worker knows
+            loras.check(transaction, submission.request)
         position = queries.queue_position(transaction, submitted.job)
         resource = describe(submitted.job, settings.public_url, storage.link, position)
     return _Accepted(submitted.job.id, Stage(submitted.job.stage), resource, submitted.replayed)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def load_pipeline(settings: Settings) -> "ZImagePipeline":
     """The model in memory, ready to paint. Seconds for the demo checkpoint, a minute for the real one.
 
-    Raises `ConfigurationError` and `CheckpointError`.
+    Raises `ConfigurationError`, `CheckpointError`, and `InvalidLora` for a file in `lora.paths`.
     """
     refuse_what_is_not_built(settings)
     from zcore.imaging.pipeline import ZImagePipeline
@@ -70,7 +70,6 @@ def refuse_what_is_not_built(settings: Settings, spelled: Mapping[str, str] = {}
         "pytorch.cpu_offload": settings.pytorch.cpu_offload,
         "dype.enabled": settings.dype.enabled,
         "slg.enabled": settings.slg.enabled,
-        "lora.paths": bool(settings.lora.paths),
     }
     for name, asked in wanted.items():
         if asked:
@@ -90,6 +89,7 @@ def _painting(settings: Settings) -> dict[str, Any]:
         "attention_backend": settings.pytorch.attention_backend,
         "compile": settings.pytorch.compile,
         "compile_mode": settings.pytorch.compile_mode,
+        "fused_loras": settings.fused_loras,
     }
 
 

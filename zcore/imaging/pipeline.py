@@ -27,6 +27,8 @@ from zcore.imaging.inputs import Inputs
 from zcore.imaging.model import loader
 from zcore.imaging.model.attention import choose_attention, load_attention
 from zcore.imaging.model.checkpoint import PAINTING, encoder_family, locate, read_json, revision
+from zcore.imaging.model.lora import LoraWeights, ScaledLora, fuse
+from zcore.imaging.model.lora_file import read_file
 from zcore.imaging.model.transformer import VelocityModel
 from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.profiler import GenerationMetrics, PhaseClock
@@ -67,6 +69,8 @@ class GenerationResult:
 
     images: list[GeneratedImage]
     metrics: GenerationMetrics
+    made_by: dict[str, str]
+    """What `ZImagePipeline.describe` says, and the SHA-256 of each LoRA's file, as `lora:NAME`."""
 
 
 class ZImagePipeline:
@@ -77,15 +81,22 @@ class ZImagePipeline:
         self._encoder = encoder
         self._family = encoder_family(folder)
         self._limits = geometry.PlacementLimits.of_checkpoint(folder)
+        network = loader.load_transformer(folder, setup.transformer)
         self._model = VelocityModel(
-            loader.load_transformer(folder, setup.transformer),
+            network,
             setup.transformer.device,
             setup.transformer.dtype,
             load_attention(setup.attention_backend),
             setup.compile_mode,
         )
+        fused = [ScaledLora(self.load_lora(path), scale) for path, scale in setup.fused_loras]
+        fuse(network, fused)
         self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype)
-        self._description = {**_described(setup, revision(folder, PAINTING)), **(encoder.describe() if encoder else {})}
+        self._description = {
+            **_described(setup, revision(folder, PAINTING)),
+            **{f"lora_fused:{one.weights.name}": f"{one.weights.sha256} at {one.scale}" for one in fused},
+            **(encoder.describe() if encoder else {}),
+        }
 
     @classmethod
     def from_pretrained(
@@ -104,13 +115,15 @@ class ZImagePipeline:
         compile_mode: str = "default",
         attention_backend: str = "auto",
         embedding_cache_bytes: int = 0,
+        fused_loras: Sequence[tuple[str | Path, float]] = (),
     ) -> "ZImagePipeline":
         """Load a folder in the diffusers layout, or a hub id. Raises `CheckpointError` for what is not as it has to be.
 
         Devices are `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. `torch_dtype` is the transformer's, and the text
         encoder's unless `encoder_dtype` says otherwise; the VAE works in float32 where the checkpoint or a CPU
         demands it. `hidden_layer` and `shift` are for calls that do not say; the latter comes from the checkpoint when
-        None. With `compile` the first pictures take a minute longer.
+        None. With `compile` the first pictures take a minute longer. `fused_loras` are files and scales that
+        act on every picture, at no cost, until the pipeline is loaded anew. Raises `InvalidLora` too.
         """
         encoder = PromptEncoder.from_pretrained(
             model_path,
@@ -131,6 +144,7 @@ class ZImagePipeline:
             attention_backend=attention_backend,
             encoder=encoder,
             hidden_layer=hidden_layer,
+            fused_loras=fused_loras,
         )
 
     @classmethod
@@ -147,6 +161,7 @@ class ZImagePipeline:
         attention_backend: str = "auto",
         encoder: PromptEncoder | None = None,
         hidden_layer: int = -2,
+        fused_loras: Sequence[tuple[str | Path, float]] = (),
     ) -> "ZImagePipeline":
         """Load transformer and VAE alone, to paint from embeddings that a `PromptEncoder` made, here or elsewhere.
 
@@ -163,6 +178,7 @@ class ZImagePipeline:
             defaults=GenerationDefaults(shift=configured if shift is None else shift, hidden_layer=hidden_layer),
             attention_backend=choose_attention(attention_backend, transformer),
             compile_mode=compile_mode if compile else None,
+            fused_loras=tuple((Path(path), scale) for path, scale in fused_loras),
         )
         return cls(folder, setup, encoder)
 
@@ -188,13 +204,15 @@ class ZImagePipeline:
         num_inference_steps: int = 8,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        loras: Sequence[LoraWeights | tuple[LoraWeights, float]] = (),
         inputs: Inputs | None = None,
         **fields: Any,
     ) -> Any:
         """One picture for a prompt, a list of pictures for a list of prompts, as PIL images.
 
         `fields` are any others of a `GenerationRequest`, from `template` to `cfg_truncation`. Without seed and
-        generator a random seed; a generator is drawn from and so moves on. Of `n` pictures only the first is given:
+        generator a random seed; a generator is drawn from and so moves on. `loras` are what `load_lora` gave, each
+        alone or with its scale. Of `n` pictures only the first is given:
         ask `generate` for all. Raises as `generate` does.
         """
         if not isinstance(prompt, str):
@@ -206,6 +224,7 @@ class ZImagePipeline:
                     num_inference_steps=num_inference_steps,
                     seed=seed,
                     generator=generator,
+                    loras=loras,
                     inputs=inputs,
                     **fields,
                 )
@@ -213,12 +232,15 @@ class ZImagePipeline:
             ]
         if seed is not None and generator is not None:
             raise InvalidRequest.field("seed", "give a seed or a generator, not both")
-        inputs = inputs or Inputs()
+        scaled = [one if isinstance(one, tuple) else (one, 1.0) for one in loras]
+        given = inputs or Inputs()
+        inputs = replace(given, loras={**given.loras, **{lora.name: lora for lora, _ in scaled}})
         said: dict[str, Any] = {
             "prompt": prompt,
             "height": height,
             "width": width,
             "steps": num_inference_steps,
+            "loras": [{"name": lora.name, "scale": scale} for lora, scale in scaled],
             **fields,
         }
         said |= {name: f"{GIVEN}{name}" for name in ("image", "mask") if getattr(inputs, name) is not None}
@@ -271,6 +293,14 @@ class ZImagePipeline:
         """A picture of a prompt that was encoded before, here or on another machine. `options` are those of a call."""
         return self(f"embedding {embeddings.prompt_sha256[:16]}", inputs=Inputs(embedding=embeddings), **options)
 
+    def load_lora(self, file: Path | str | bytes, name: str | None = None) -> LoraWeights:
+        """A LoRA made ready for this checkpoint, to be passed with any number of requests; it stays on the device as
+        long as it is kept. `name` is the file's stem where it is not given. Raises `InvalidLora`.
+        """
+        if isinstance(file, bytes):
+            return self._model.lora(file, name or "lora")
+        return self._model.lora(read_file(Path(file)), name or Path(file).stem)
+
     def describe(self) -> dict[str, str]:
         """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host."""
         return dict(self._description)
@@ -306,6 +336,7 @@ class ZImagePipeline:
         """The whole way."""
         geometry.check_sides(request.width, request.height, self._limits)
         passes = plan(request)
+        model = self._model.adapted(_scaled(request, inputs))
         clock = PhaseClock(self._devices)
         walk = _Walk(on_step, request.n * sum(one.forwards for one in passes))
         on_step(Progress("encode", 0, walk.steps))
@@ -315,15 +346,17 @@ class ZImagePipeline:
         images: list[GeneratedImage] = []
         for index in range(request.n):
             with clock.phase("denoise"):
-                latents = self._latents(passes, embedding, start, generator_of(index), walk)  # (16, h, w)
+                latents = self._latents(model, passes, embedding, start, generator_of(index), walk)  # (16, h, w)
             walk.tell("decode")
             with clock.phase("decode"):
                 image = start.pasted(self._coder.decode(latents), request.keep_unmasked)
             images.append(GeneratedImage(image, request.seed_of(index), index))
-        return GenerationResult(images, clock.metrics(embedding.prompt_tokens, embedding.embeds.shape[0]))
+        metrics = clock.metrics(embedding.prompt_tokens, embedding.embeds.shape[0])
+        return GenerationResult(images, metrics, {**self._description, **_hashes(request, inputs)})
 
     def _latents(
         self,
+        model: VelocityModel,
         passes: Sequence[PlannedPass],
         embedding: PromptEmbedding,
         start: "_Start",
@@ -338,25 +371,30 @@ class ZImagePipeline:
             latents = noise if latents is None else enlarged(latents, one.size)
             kept = Kept(latents, noise, start.latent_mask(one, device)) if start.mask else None
             latents = denoise(
-                self._velocity(embedding, one), noised(latents, noise, one.levels[0]), list(one.levels), walk.step, kept
+                self._velocity(model, embedding, one),
+                noised(latents, noise, one.levels[0]),
+                list(one.levels),
+                walk.step,
+                kept,
             )
         assert latents is not None, "there is at least one pass"
         return latents
 
-    def _velocity(self, embedding: PromptEmbedding, one: PlannedPass) -> Velocity:
+    @staticmethod
+    def _velocity(model: VelocityModel, embedding: PromptEmbedding, one: PlannedPass) -> Velocity:
         """Where latents want to go in this pass, guided where it is to be."""
         levels = list(one.levels)
-        positive = self._model.plan(embedding.embeds, one.size, levels)
+        positive = model.plan(embedding.embeds, one.size, levels)
         if one.guidance.scale == 0:
-            return partial(self._model.velocity, positive)
+            return partial(model.velocity, positive)
         assert embedding.negative is not None, "a guided request has its negative prompt encoded"
-        negative = self._model.plan(embedding.negative, one.size, levels)
+        negative = model.plan(embedding.negative, one.size, levels)
 
         def both(latents: Tensor, step: int) -> Tensor:
-            velocity = self._model.velocity(positive, latents, step)
+            velocity = model.velocity(positive, latents, step)
             if not one.guidance.is_active(levels[step]):
                 return velocity
-            return guided(velocity, self._model.velocity(negative, latents, step), one.guidance)
+            return guided(velocity, model.velocity(negative, latents, step), one.guidance)
 
         return both
 
@@ -396,6 +434,7 @@ class _Setup:
     defaults: GenerationDefaults
     attention_backend: str
     compile_mode: str | None
+    fused_loras: tuple[tuple[Path, float], ...]
 
 
 @dataclass(slots=True)
@@ -446,6 +485,18 @@ def _fit(request: GenerationRequest, inputs: Inputs, first: PlannedPass) -> _Sta
         image=None if inputs.image is None else fitted(inputs.image, first.width, first.height, request.fit),
         mask=None if inputs.mask is None else mask_fitted(inputs.mask, first.width, first.height, request.fit),
     )
+
+
+def _scaled(request: GenerationRequest, inputs: Inputs) -> list[ScaledLora]:
+    """The request's LoRAs. Raises `InvalidRequest` for one that is not among the inputs."""
+    missing = [use.name for use in request.loras if use.name not in inputs.loras]
+    if missing:
+        raise InvalidRequest.field("loras", f"there is no LoRA {', '.join(missing)} here")
+    return [ScaledLora(inputs.loras[use.name], use.scale) for use in request.loras]
+
+
+def _hashes(request: GenerationRequest, inputs: Inputs) -> dict[str, str]:
+    return {f"lora:{use.name}": inputs.loras[use.name].sha256 for use in request.loras}
 
 
 def _templates(folders: str | Path | Sequence[str | Path] | None) -> TemplateLibrary:

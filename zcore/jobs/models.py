@@ -260,6 +260,19 @@ class Input(Table):
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
+class Lora(Table):
+    """A LoRA that the operator registered; its file lies in storage under `storage_key`."""
+
+    __tablename__ = "loras"
+
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64))
+    licence: Mapped[str] = mapped_column(Text)
+    storage_key: Mapped[str] = mapped_column(String(200))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class Worker(Table):
     """One worker, as long as it shows itself. For people and readiness; no decision about a job rests on it."""
 

@@ -16,6 +16,7 @@ from worker.encode import Encoder
 from worker.generate import Generator
 from worker.inputs import InputSource
 from worker.loop import Workplace
+from worker.loras import LoraShelf
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
 from zcore.jobs import lifecycle, queries
@@ -61,11 +62,16 @@ class Studio:
     web: WebhooksSettings = field(default_factory=lambda: WebhooksSettings(allow_private_addresses=True))
 
     def generator(
-        self, grace_s: float = 60, name: str = "worker-1", painter: Painter | None = None, **changed: Any
+        self,
+        grace_s: float = 60,
+        name: str = "worker-1",
+        painter: Painter | None = None,
+        loras: LoraShelf | None = None,
+        **changed: Any,
     ) -> tuple[Generator, Shutdown]:
         """A worker, and its wish to end."""
         place = self.workplace(name, grace_s, **changed)
-        inputs = InputSource(self.database, self.storage, self.web, RequestLimits().max_input_bytes)
+        inputs = InputSource(self.database, self.storage, self.web, RequestLimits().max_input_bytes, loras)
         made = Generator(painter or self.painter, read_embedding, inputs, place)  # type: ignore[arg-type]
         return made, place.shutdown
 

@@ -13,6 +13,7 @@ from zcore.imaging.inputs import Inputs
 from zcore.request import GenerationRequest
 from zcore.stages import Stage
 
+MADE_BY = {"engine": "a painter for tests"}
 Between = Callable[[GenerationRequest, int], None]
 
 
@@ -50,6 +51,7 @@ class Result:
 
     images: list[Picture]
     metrics: Metrics = field(default_factory=Metrics)
+    made_by: dict[str, str] = field(default_factory=lambda: dict(MADE_BY))
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Painter:
 
     def describe(self) -> dict[str, str]:
         """What it is."""
-        return {"engine": "a painter for tests"}
+        return dict(MADE_BY)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from tests.unit.imaging.lora_layouts import LAYOUTS
 from tests.unit.imaging.test_forward import LEVELS, noise_of, prompt_of
 from zcore.imaging.geometry import LatentSize
+from zcore.imaging.model.lora import ScaledLora, changeable
 from zcore.imaging.model.transformer import Sample, VelocityModel
 
 # torch's own compiler still uses what torch deprecates.
@@ -57,3 +59,25 @@ def test_one_graph_without_a_break_serves_every_size_and_prompt(
         agree((LatentSize(32, 24), 20, 1), (LatentSize(10, 14), 50, 6))
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+def test_loras_of_one_kind_share_a_graph_and_those_beyond_the_limit_are_painted_without(
+    weights: ZImageTransformer2DModel, compiled: VelocityModel
+) -> None:
+    eager = VelocityModel(weights, torch.device("cpu"), torch.float32)
+    shapes = changeable(weights)
+
+    def agree(layout: str, scale: float) -> None:
+        loras = [ScaledLora(eager.lora(LAYOUTS[layout](shapes).content, layout), scale)]
+        prompt, size, latents = prompt_of(weights, 20), LatentSize(16, 16), noise_of(LatentSize(16, 16))
+        one, other = compiled.adapted(loras), eager.adapted(loras)
+        pair = [model.velocity(model.plan(prompt, size, LEVELS), latents, 2) for model in (one, other)]
+        assert torch.allclose(*pair, rtol=0, atol=1e-4)
+
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
+        agree("kohya", 1.0)
+        agree("ai-toolkit", 0.5)
+        assert counters["stats"]["unique_graphs"] == 1
+        agree("LoKr", 0.5)
+        agree("kohya", -1.0)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from zcore.imaging.model.attention import Attend
 from zcore.imaging.model.forward import Conditions, Transformer, forward
@@ -19,13 +20,18 @@ Forward = Callable[[Transformer, Tensor, Conditions, Attend], Tensor]
 def compiled(mode: str) -> Forward:
     """`forward` without a break, one graph for every size, prompt length and step.
 
-    One sample, several, and several with masks are a graph each, compiled when they first come.
+    One sample, several, and several with masks are a graph each, compiled when they first come. So are LoRAs by what
+    they consist of: other layers, kinds or ranks (up to a power of two) are another graph, other values are not. What
+    comes when torch holds as many graphs as it may is run as it stands.
     """
     graph: Any = cast(Any, torch).compile(forward, fullgraph=True, mode=mode)
 
     def run(weights: Transformer, tokens: Tensor, conditions: Conditions, attend: Attend) -> Tensor:
         _mark_varying(tokens, conditions)
-        return graph(weights, tokens, conditions, attend)
+        try:
+            return graph(weights, tokens, conditions, attend)
+        except FailOnRecompileLimitHit:
+            return forward(weights, tokens, conditions, attend)
 
     return run
 

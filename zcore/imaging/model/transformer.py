@@ -6,6 +6,7 @@ arithmetic. Keeps nothing between calls. Does not know the schedule's formula an
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import cast
@@ -19,6 +20,8 @@ from zcore.imaging.geometry import PATCH_LATENTS, LatentSize, padded
 from zcore.imaging.model.attention import Attend, sdpa
 from zcore.imaging.model.compilation import compiled
 from zcore.imaging.model.forward import Conditions, Modulation, Transformer, forward, modulate, refine_caption
+from zcore.imaging.model.lora import LoraWeights, ScaledLora, adapted, bind, changeable
+from zcore.imaging.model.lora_file import parse_lora
 from zcore.imaging.model.rope import Rotary, caption_places, frequencies, picture_places, rotary
 
 
@@ -81,6 +84,23 @@ class VelocityModel:
         self.prompt_width = int(self._weights.config.cap_feat_dim)
         """Numbers a token of an embedding: 2560."""
 
+    def lora(self, content: bytes, name: str) -> LoraWeights:
+        """A LoRA file made ready for this model. Raises `InvalidLora`, which calls it by its name."""
+        lora = parse_lora(content, changeable(self._module), name)
+        return bind(lora, name, self._module, self._device)
+
+    def adapted(self, loras: Sequence[ScaledLora]) -> "VelocityModel":
+        """This model with LoRAs beside its layers; plans are to be made by the model that runs them.
+
+        It shares the weights of this one, which stays as it is. Without LoRAs, or with scales of 0, it is this one.
+        """
+        network = adapted(self._module, loras, self._dtype)
+        if network is self._module:
+            return self
+        other = copy(self)
+        other._weights = cast(Transformer, network)
+        return other
+
     def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: Sequence[float]) -> Plan:
         """Everything about a picture that is known before its first step; `prompt_embeds` is (L, hidden).
 
@@ -129,6 +149,10 @@ class VelocityModel:
             _patches(row, plan.size).reshape(self.channels, plan.size.height, plan.size.width)
             for row, plan in zip(moved, plans, strict=True)
         ]
+
+    @property
+    def _module(self) -> nn.Module:
+        return cast(nn.Module, self._weights)
 
     def _refined_captions(self, prompts: Sequence[Tensor]) -> list[Tensor]:
         """Each (1, P, D)."""

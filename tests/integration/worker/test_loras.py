@@ -1,0 +1,125 @@
+"""The LoRAs of a worker: found by name, kept within a bound, read anew when they change."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.worker.conftest import Studio
+from tests.integration.worker.painter import Painter
+from worker.loras import FolderOfLoras, LoraShelf, RegisteredLoras
+from zcore.errors import InvalidRequest
+from zcore.jobs import loras
+
+
+@dataclass(frozen=True)
+class Weights:
+    """As `zcore.imaging.model.lora.LoraWeights`, which would load torch."""
+
+    name: str
+    content: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.content)
+
+
+@dataclass
+class Loader:
+    """Counts what it makes ready."""
+
+    loaded: list[str] = field(default_factory=list)
+
+    def __call__(self, content: bytes, name: str) -> Any:
+        self.loaded.append(name)
+        return Weights(name, content)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("night", "outline", "noon"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"x" * 10)
+    (tmp_path / "notes.txt").write_text("none")
+    return tmp_path
+
+
+def test_what_is_wanted_again_is_not_loaded_again(folder: Path) -> None:
+    load = Loader()
+    shelf = LoraShelf([FolderOfLoras(folder)], load, limit_bytes=30)
+    first = shelf.get("night")
+    shelf.get("outline")
+    assert shelf.get("night") is first
+    assert load.loaded == ["night", "outline"]
+
+
+def test_the_longest_unused_makes_room(folder: Path) -> None:
+    load = Loader()
+    shelf = LoraShelf([FolderOfLoras(folder)], load, limit_bytes=20)
+    for name in ("night", "outline", "night", "noon", "night", "outline"):
+        assert shelf.get(name).name == name
+        assert shelf.kept_bytes <= 20
+    assert load.loaded == ["night", "outline", "noon", "outline"]
+
+
+def test_one_larger_than_the_bound_is_given_and_not_kept(folder: Path) -> None:
+    shelf = LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=9)
+    assert shelf.get("night").name == "night"
+    assert shelf.kept_bytes == 0
+
+
+def test_a_file_that_changed_is_read_anew(folder: Path) -> None:
+    shelf = LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=100)
+    shelf.get("night")
+    path = folder / "night.safetensors"
+    path.write_bytes(b"y" * 10)
+    os.utime(path, ns=(1, 1))
+    assert shelf.get("night").content == b"y" * 10  # pyright: ignore[reportAttributeAccessIssue]
+    path.unlink()
+    with pytest.raises(InvalidRequest):
+        shelf.get("night")
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("nigth", "loras: there is no LoRA `nigth`; did you mean `night`?"),
+        ("notes", "loras: there is no LoRA `notes`"),
+        ("../night", "loras: there is no LoRA `../night`"),
+    ],
+)
+def test_a_name_that_is_nowhere_is_refused_with_near_ones(folder: Path, name: str, complaint: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=100).get(name)
+    assert refused.value.message.startswith(complaint)
+
+
+def test_without_a_folder_there_is_none() -> None:
+    with pytest.raises(InvalidRequest, match=r"there is no LoRA `night`$"):
+        LoraShelf([FolderOfLoras(None)], Loader(), limit_bytes=100).get("night")
+
+
+def test_a_job_gets_its_loras_and_one_that_names_another_fails_for_good(studio: Studio, folder: Path) -> None:
+    shelf = LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=100)
+    good = studio.submit(loras=[{"name": "night", "scale": 0.5}, {"name": "noon"}])
+    bad = studio.submit(loras=[{"name": "dusk"}])
+    painter = Painter()
+    studio.work(painter=painter, loras=shelf)
+    assert studio.look(good).status == "succeeded"
+    assert painter.given[0].loras.keys() == {"night", "noon"}
+    failed = studio.look(bad)
+    assert (failed.status, failed.attempt, failed.error_code) == ("failed", 1, "invalid_request")
+    assert "there is no LoRA `dusk`" in str(failed.error_message)
+
+
+def test_the_library_reaches_the_worker(studio: Studio) -> None:
+    studio.storage.put(loras.key_of("0a"), b"z" * 10, "application/octet-stream")
+    with studio.database.write() as transaction:
+        loras.register(transaction, loras.UploadedLora("dawn", "0a", "MIT", 10))
+    shelf = LoraShelf([FolderOfLoras(None), RegisteredLoras(studio.database, studio.storage)], Loader(), 100)
+    assert shelf.get("dawn").content == b"z" * 10  # pyright: ignore[reportAttributeAccessIssue]
+    with studio.database.write() as transaction:
+        assert loras.remove(transaction, "dawn") == loras.key_of("0a")
+    with pytest.raises(InvalidRequest):
+        shelf.get("dawn")

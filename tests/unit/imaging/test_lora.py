@@ -1,0 +1,172 @@
+"""A LoRA of any layout does what merging it by hand does, and leaves nothing behind."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+from torch import Tensor
+
+from tests.unit.imaging.lora_layouts import LAYOUTS, Written
+from tests.unit.imaging.test_forward import LEVELS, by_diffusers, noise_of
+from zcore.imaging.geometry import LatentSize
+from zcore.imaging.model.lora import LoraWeights, ScaledLora, changeable, fuse
+from zcore.imaging.model.transformer import VelocityModel
+
+CPU = torch.device("cpu")
+ROUNDING = 2e-6
+"""How far two orders of the same sums may be apart after all layers, in float32; 1.1e-6 was measured at most."""
+SIZE = LatentSize(10, 14)
+LORAS = Path(__file__).resolve().parents[3] / "zcore" / "demo" / "loras"
+
+
+@pytest.fixture(scope="module")
+def network(tiny_folder: Path) -> ZImageTransformer2DModel:
+    """Random weights in float32. Not to be written to."""
+    network = ZImageTransformer2DModel.from_pretrained(tiny_folder / "transformer")
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model(network: ZImageTransformer2DModel) -> VelocityModel:
+    return VelocityModel(network, CPU, torch.float32)
+
+
+def written(network: ZImageTransformer2DModel, layout: str, seed: int = 0) -> Written:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LAYOUTS[layout](changeable(network))
+
+
+def velocity(model: VelocityModel, step: int = 3) -> Tensor:
+    with torch.inference_mode():
+        plan = model.plan(torch.randn(20, 64, generator=torch.Generator().manual_seed(1)), SIZE, LEVELS)
+        return model.velocity(plan, noise_of(SIZE), step)
+
+
+def by_hand(network: ZImageTransformer2DModel, *scaled: tuple[Written, float]) -> Tensor:
+    """diffusers' own forward over weights that were changed here."""
+    merged = copy.deepcopy(network)
+    for name in {name for one, _ in scaled for name in one.changes}:
+        weight = network.get_submodule(name).weight.double()
+        changed = weight.clone()
+        for one, scale in scaled:
+            if name in one.changes:
+                changed += scale * (effect(weight, one.changes[name].double(), one.magnitudes.get(name)) - weight)
+        merged.get_submodule(name).weight.copy_(changed)
+    prompt = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return by_diffusers(merged, [noise_of(SIZE)], [LEVELS[3]], [prompt])[0]
+
+
+def effect(weight: Tensor, change: Tensor, magnitude: Tensor | None) -> Tensor:
+    changed = weight + change
+    return changed if magnitude is None else changed / changed.norm(dim=1, keepdim=True) * magnitude[:, None]
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The norm of the difference, in parts of the norm."""
+    return float((one - other).double().norm() / other.double().norm())
+
+
+def state(network: ZImageTransformer2DModel) -> Mapping[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+def test_every_layout_is_what_merging_by_hand_is(
+    network: ZImageTransformer2DModel, model: VelocityModel, layout: str, scale: float
+) -> None:
+    file = written(network, layout)
+    lora = model.lora(file.content, layout)
+    assert lora.layers.keys() == file.changes.keys()
+    changed = velocity(model.adapted([ScaledLora(lora, scale)]))
+
+    assert apart(velocity(model), changed) > 0.01
+    assert apart(changed, by_hand(network, (file, scale))) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("diffusers", "kohya", "LoHa"),
+        ("fused qkv, musubi", "ai-toolkit", "LoKr, fused qkv"),
+        ("LoKr", "diffusers", "LoKr, LyCORIS, right side in two"),
+        ("DoRA, PEFT", "DoRA of LoKr", "kohya"),
+    ],
+)
+def test_several_with_scales_are_the_sum_of_each(
+    network: ZImageTransformer2DModel, model: VelocityModel, layouts: tuple[str, ...]
+) -> None:
+    files = [written(network, layout, seed) for seed, layout in enumerate(layouts)]
+    scales = [0.5, -0.25, 1.5]
+    loras = [ScaledLora(model.lora(file.content, "style"), scale) for file, scale in zip(files, scales, strict=True)]
+    expected = by_hand(network, *zip(files, scales, strict=True))
+    assert apart(velocity(model.adapted(loras)), expected) < ROUNDING
+
+
+def test_a_hundred_switches_leave_the_network_bit_for_bit_as_it_was(tiny_folder: Path) -> None:
+    network = ZImageTransformer2DModel.from_pretrained(tiny_folder / "transformer").eval().requires_grad_(False)
+    model = VelocityModel(network, CPU, torch.float32)
+    before, base, layers = state(network), velocity(model), list(network.modules())
+    loras = [model.lora(written(network, layout).content, layout) for layout in ("kohya", "LoKr", "DoRA, PEFT")]
+    painted = [velocity(model.adapted([ScaledLora(lora, 0.8)])) for lora in loras]
+    for switch in range(100):
+        changed = model.adapted([ScaledLora(loras[switch % 3], 0.8)])
+        if switch % 10 == 0:
+            assert torch.equal(velocity(changed), painted[switch % 3])
+    assert all(one is other for one, other in zip(network.modules(), layers, strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert torch.equal(velocity(model), base)
+
+
+def test_a_scale_of_zero_is_the_model_itself(network: ZImageTransformer2DModel, model: VelocityModel) -> None:
+    lora = model.lora(written(network, "DoRA, PEFT").content, "style")
+    assert model.adapted([]) is model
+    assert model.adapted([ScaledLora(lora, 0.0)]) is model
+
+
+@pytest.mark.parametrize("layout", ["kohya", "LoHa", "LoKr, fused qkv", "DoRA, kohya", "DoRA of LoKr"])
+def test_fused_is_what_unfused_is(tiny_folder: Path, network: ZImageTransformer2DModel, layout: str) -> None:
+    fused = ZImageTransformer2DModel.from_pretrained(tiny_folder / "transformer").eval().requires_grad_(False)
+    model = VelocityModel(network, CPU, torch.float32)
+    loras = [
+        ScaledLora(model.lora(written(network, layout).content, layout), 0.8),
+        ScaledLora(model.lora(written(network, "diffusers", 1).content, "diffusers"), 0.3),
+    ]
+    fuse(fused, loras)
+    assert apart(velocity(VelocityModel(fused, CPU, torch.float32)), velocity(model.adapted(loras))) < ROUNDING
+
+
+@pytest.mark.parametrize("layout", ["kohya", "LoHa", "LoKr", "DoRA, PEFT"])
+def test_in_bfloat16_the_difference_is_that_of_bfloat16(tiny_folder: Path, layout: str) -> None:
+    network = ZImageTransformer2DModel.from_pretrained(tiny_folder / "transformer").eval().requires_grad_(False)
+    file = written(network, layout)
+    exact = velocity(adapted_by(network, file, torch.float32))
+    rounded = velocity_in_bfloat16(adapted_by(network.to(torch.bfloat16), file, torch.bfloat16))
+    assert apart(rounded, exact) < 0.05
+
+
+def adapted_by(network: ZImageTransformer2DModel, file: Written, dtype: torch.dtype) -> VelocityModel:
+    model = VelocityModel(network, CPU, dtype)
+    return model.adapted([ScaledLora(model.lora(file.content, "style"), 1.0)])
+
+
+def velocity_in_bfloat16(model: VelocityModel) -> Tensor:
+    prompt = torch.randn(20, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        return model.velocity(model.plan(prompt, SIZE, LEVELS), noise_of(SIZE), 3)
+
+
+@pytest.mark.parametrize("style", ["night", "outline"])
+def test_the_shipped_loras_are_read_whole(demo_folder: Path, style: str) -> None:
+    network = ZImageTransformer2DModel.from_pretrained(demo_folder / "transformer").eval().requires_grad_(False)
+    lora: LoraWeights = VelocityModel(network, CPU, torch.float32).lora(
+        (LORAS / f"demo-{style}.safetensors").read_bytes(), style
+    )
+    assert len(lora.layers) == 42
+    assert lora.name == style
+    assert 300_000 < lora.size_bytes < 400_000

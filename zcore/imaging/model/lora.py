@@ -1,0 +1,254 @@
+"""LoRAs beside the layers of a network, as a value: no layer is touched, nothing has to be undone.
+
+Takes a network, what `lora_file` read, and scales; gives another network that shares every weight with the first and
+computes, for a layer W with the LoRAs i,
+
+    y = W x + sum of scale_i * change_i x
+
+or, where LoRA i sets the norms of the rows (DoRA), with the gain g_i = magnitude_i / |W + change_i| of each row,
+
+    y = W x + sum of scale_i * (g_i * (W x + change_i x) - W x)
+
+so that a scale of 0 is the network itself, and several LoRAs are the sum of their effects. No kind needs the changed
+matrix: low ranks of all LoRAs are one low rank, a Kronecker product is two small products, a gain is a factor of W x.
+`fuse` adds the same to the weights instead. Does not know files, requests and where a network is used.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zcore.errors import InvalidLora
+from zcore.imaging.model.lora_file import FIELD, Kronecker, Lora, LowRank, Shapes
+
+SMALLEST_RANK = 8
+"""Ranks are filled with zeros up to this and then to a power of two, so that few compiled forwards serve all."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundLayer:
+    """A change on its network's device, with the gain of each row, float32 (out,), where it is a DoRA."""
+
+    change: LowRank | Kronecker
+    gain: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraWeights:
+    """A LoRA made ready for one network. `sha256` is of its file."""
+
+    name: str
+    sha256: str
+    layers: Mapping[str, BoundLayer]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory on the device."""
+        tensors = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for layer in self.layers.values()
+            for tensor in (*layer.change.tensors, *(() if layer.gain is None else (layer.gain,)))
+        }
+        return sum(tensors.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScaledLora:
+    """A LoRA as one job wants it."""
+
+    weights: LoraWeights
+    scale: float
+
+
+def changeable(network: nn.Module) -> Shapes:
+    """The layers that a LoRA may change: every linear one, by name."""
+    return {
+        name: (int(layer.out_features), int(layer.in_features))
+        for name, layer in cast(Any, network.named_modules())
+        if hasattr(layer, "out_features") and hasattr(layer, "in_features")
+    }
+
+
+def bind(lora: Lora, name: str, network: nn.Module, device: torch.device) -> LoraWeights:
+    """A LoRA ready for this network. Raises `InvalidLora` for a DoRA over weights that are not plain numbers."""
+    layers: dict[str, BoundLayer] = {}
+    for layer_name, layer in lora.layers.items():
+        change, gain = layer.change.moved(device), None
+        if layer.magnitude is not None:
+            weight = _plain_weight(network, layer_name, name)
+            norms = (weight.float() + change.dense()).square().sum(1).sqrt()
+            gain = layer.magnitude.to(device) / norms.clamp(min=torch.finfo(torch.float32).tiny)
+        layers[layer_name] = BoundLayer(change, gain)
+    return LoraWeights(name, lora.sha256, MappingProxyType(layers))
+
+
+def adapted(network: nn.Module, loras: Sequence[ScaledLora], dtype: torch.dtype) -> nn.Module:
+    """The network with these LoRAs beside it; itself where none has a scale other than 0. `dtype` is its arithmetic."""
+    factors: _Factors = cache(_factors)  # the same for nearly all layers
+    changes = {
+        name: _Adapted(network.get_submodule(name), layers, dtype, factors) for name, layers in _by_layer(loras).items()
+    }
+    return _with_layers(network, changes) if changes else network
+
+
+def fuse(network: nn.Module, loras: Sequence[ScaledLora]) -> None:
+    """Add these LoRAs to the network's own weights, for good; summed in float32, rounded once.
+
+    For a network that was just loaded and serves one style. There is no way back: taking a change away again leaves
+    what rounding did (in bfloat16 half a percent after ten times), so what is wanted clean is loaded anew. Raises
+    `InvalidLora` for weights that are not plain numbers.
+    """
+    for name, layers in _by_layer(loras).items():
+        weight = _plain_weight(network, name, "a fused LoRA")
+        before = weight.float()
+        after = before.clone()
+        for layer, scale in layers:
+            change = layer.change.dense()
+            after += scale * (change if layer.gain is None else layer.gain[:, None] * (before + change) - before)
+        weight.data.copy_(after)
+
+
+_Scaled = tuple[BoundLayer, float]
+_Factors = Callable[[tuple[tuple[int, float], ...], torch.device], Tensor]
+
+
+class _Adapted(nn.Module):
+    """A linear layer and what is beside it. The layer may compute as it likes: quantised ones as well."""
+
+    def __init__(self, base: nn.Module, layers: Sequence[_Scaled], dtype: torch.dtype, factors: _Factors) -> None:
+        super().__init__()
+        self.base = base
+        self._low_rank = _joined([one for one in layers if isinstance(one[0].change, LowRank)], dtype, factors)
+        self._products = [
+            _Product.of(layer, layer.change, scale, dtype)
+            for layer, scale in layers
+            if isinstance(layer.change, Kronecker)
+        ]
+        self._gain = _gain(layers, getattr(base, "bias", None), dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own: others ask it for the arithmetic."""
+        return cast(Tensor, self.base.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        y = self.base(x)
+        if self._gain is not None:
+            y = self._gain.factor * y + self._gain.shift
+        if self._low_rank is not None:
+            y = y + self._low_rank(x)
+        for product in self._products:
+            y = y + product(x)
+        return y
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _JoinedLowRank:
+    """up (factors * (down x)), the factors in float32. Of one LoRA alone, no matrix is copied."""
+
+    down: Tensor  # (R, in)
+    up: Tensor  # (out, R)
+    factors: Tensor  # (R,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear((functional.linear(x, self.down) * self.factors).to(x.dtype), self.up)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gain:
+    """Of the layer's product without its bias: `shift` gives back what the factor takes from that."""
+
+    factor: Tensor  # (out,)
+    shift: Tensor  # (out,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Product:
+    """(left ⊗ right) x without the matrix, some rows of it."""
+
+    left: Tensor  # (a, b)
+    right: Tensor  # (c, d)
+    first: int
+    factor: Tensor  # (rows,), float32
+
+    @classmethod
+    def of(cls, layer: BoundLayer, change: Kronecker, scale: float, dtype: torch.dtype) -> "_Product":
+        ones = torch.ones(change.count, device=change.left.device)
+        factor = scale * change.factor * (ones if layer.gain is None else layer.gain)
+        return cls(change.left.to(dtype), change.right.to(dtype), change.first, factor)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        parts = x.reshape(*x.shape[:-1], self.left.shape[1], self.right.shape[1])  # (..., b, d)
+        rows = (self.left @ functional.linear(parts, self.right)).flatten(-2)  # (..., a c)
+        return (self.factor * rows.narrow(-1, self.first, self.factor.shape[0])).to(x.dtype)
+
+
+def _by_layer(loras: Sequence[ScaledLora]) -> dict[str, list[_Scaled]]:
+    found: dict[str, list[_Scaled]] = {}
+    for lora in loras:
+        if lora.scale != 0:
+            for name, layer in lora.weights.layers.items():
+                found.setdefault(name, []).append((layer, lora.scale))
+    return found
+
+
+def _joined(layers: Sequence[_Scaled], dtype: torch.dtype, factors: _Factors) -> _JoinedLowRank | None:
+    """Several low ranks as one."""
+    changes = [(cast(LowRank, layer.change), layer.gain, scale) for layer, scale in layers]
+    if not changes:
+        return None
+    downs = [change.down.to(dtype) for change, _, _ in changes]
+    ups = [(change.up if gain is None else gain[:, None] * change.up.float()).to(dtype) for change, gain, _ in changes]
+    rank = sum(down.shape[0] for down in downs)
+    missing = max(SMALLEST_RANK, 1 << (rank - 1).bit_length()) - rank
+    if missing:
+        downs.append(downs[0].new_zeros(missing, downs[0].shape[1]))
+        ups.append(ups[0].new_zeros(ups[0].shape[0], missing))
+    parts = tuple((change.down.shape[0], scale * change.factor) for change, _, scale in changes)
+    return _JoinedLowRank(
+        downs[0] if len(downs) == 1 else torch.cat(downs),
+        ups[0] if len(ups) == 1 else torch.cat(ups, 1),
+        factors((*parts, (missing, 0.0)), downs[0].device),
+    )
+
+
+def _factors(parts: tuple[tuple[int, float], ...], device: torch.device) -> Tensor:
+    """Each number as often as is said."""
+    return torch.tensor([number for count, number in parts for _ in range(count)], device=device)
+
+
+def _gain(layers: Sequence[_Scaled], bias: Tensor | None, dtype: torch.dtype) -> _Gain | None:
+    more = [scale * (layer.gain - 1.0) for layer, scale in layers if layer.gain is not None]
+    if not more:
+        return None
+    beyond = torch.stack(more).sum(0)
+    shift = torch.zeros_like(beyond) if bias is None else -beyond * bias.float()
+    return _Gain((1.0 + beyond).to(dtype), shift.to(dtype))
+
+
+def _with_layers(network: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A network with other layers in some places, which shares all else with the first and leaves it as it is."""
+    copied = copy.copy(network)
+    children = dict(network._modules)  # pyright: ignore[reportPrivateUsage]
+    for name in {path.partition(".")[0] for path in layers}:
+        inner = {path.partition(".")[2]: layer for path, layer in layers.items() if path.partition(".")[0] == name}
+        child = children[name]
+        assert child is not None, "layers are named by their network"
+        children[name] = inner[""] if "" in inner else _with_layers(child, inner)
+    copied.__dict__["_modules"] = children
+    return copied
+
+
+def _plain_weight(network: nn.Module, layer: str, lora: str) -> Tensor:
+    weight = cast(Tensor, network.get_submodule(layer).weight)
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InvalidLora.field(FIELD, f"{lora} needs the numbers of {layer}, which is quantised")
+    return weight
