@@ -33,6 +33,8 @@ def load_pipeline(settings: Settings) -> "ZImagePipeline":
         attention_backend=settings.pytorch.attention_backend,
         compile=settings.pytorch.compile,
         compile_mode=settings.pytorch.compile_mode,
+        tile_size=settings.pytorch.tile_size,
+        tile_overlap=settings.pytorch.tile_overlap,
         embedding_cache_bytes=settings.pytorch.embedding_cache_bytes if settings.pytorch.embedding_cache else 0,
     )
 
@@ -42,7 +44,6 @@ def _refuse_what_is_not_built(settings: Settings) -> None:
         "encoder.quantization": settings.encoder.quantization != "none",
         "generation.guidance_scale": settings.generation.guidance_scale != 0.0,
         "pytorch.use_custom_scheduler": settings.pytorch.use_custom_scheduler,
-        "pytorch.tiled_vae": settings.pytorch.tiled_vae,
         "dype.enabled": settings.dype.enabled,
         "slg.enabled": settings.slg.enabled,
         "lora.paths": bool(settings.lora.paths),

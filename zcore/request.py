@@ -166,6 +166,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     keep_unmasked: Annotated[
         bool, Meta(description="With a mask: pixels outside it are the input's own, untouched by the VAE.")
     ] = True
+    tiled_vae: Annotated[
+        bool,
+        Meta(description="Pixels and latents in tiles, which saves memory; what would not fit otherwise always is."),
+    ] = False
     passes: Annotated[
         tuple[Pass, ...],
         Meta(max_length=4, description="Multi-pass: sizes growing to the final one, each refining the last."),
@@ -214,6 +218,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: GuidanceScale = 0.0
     hidden_layer: HiddenLayer = -2
     long_prompt_mode: LongPromptMode = "interpolate"
+    tiled_vae: bool = False
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):

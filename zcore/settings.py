@@ -234,6 +234,7 @@ class Settings(_Section, frozen=True):
             guidance_scale=self.generation.guidance_scale,
             hidden_layer=self.encoder.hidden_layer,
             long_prompt_mode=self.pytorch.long_prompt_mode,
+            tiled_vae=self.pytorch.tiled_vae,
         )
 
     @property

@@ -70,6 +70,7 @@ WITHIN = {
     "strength_rule": ["continuous", "diffusers"],
     "fit": ["cover", "contain", "stretch"],
     "keep_unmasked": [True, False],
+    "tiled_vae": [False, True],
     "passes": [(), (Pass(scale=0.5), Pass(scale=1.0, steps=9, strength=0.5, shift=3.0, guidance_scale=0.0))],
     "format": ["png", "jpeg", "webp", "avif"],
     "quality": [1, 90, 100],
@@ -115,6 +116,7 @@ OUTSIDE = {
     "strength_rule": ["floor", None],
     "fit": ["crop", None],
     "keep_unmasked": [None, 1],
+    "tiled_vae": [None, 1, "yes"],
     "passes": [
         None,
         [{}],

@@ -26,6 +26,7 @@ from zcore.imaging.input_picture import fitted, mask_fitted
 from zcore.imaging.model import loader
 from zcore.imaging.model.attention import choose_attention, load_attention
 from zcore.imaging.model.checkpoint import PAINTING, encoder_family, locate, read_json, revision
+from zcore.imaging.model.tiling import Tiling
 from zcore.imaging.model.transformer import VelocityModel
 from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.profiler import GenerationMetrics, PhaseClock
@@ -95,7 +96,7 @@ class ZImagePipeline:
             load_attention(setup.attention_backend),
             setup.compile_mode,
         )
-        self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype)
+        self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype, setup.tiling)
         self._description = {**_described(setup, revision(folder, PAINTING)), **(encoder.describe() if encoder else {})}
 
     @classmethod
@@ -114,6 +115,8 @@ class ZImagePipeline:
         compile: bool = False,  # noqa: A002
         compile_mode: str = "default",
         attention_backend: str = "auto",
+        tile_size: int = 512,
+        tile_overlap: int = 64,
         embedding_cache_bytes: int = 0,
     ) -> "ZImagePipeline":
         """Load a folder in the diffusers layout, or a hub id. Raises `CheckpointError` for what is not as it has to be.
@@ -121,7 +124,8 @@ class ZImagePipeline:
         Devices are `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. `torch_dtype` is the transformer's, and the text
         encoder's unless `encoder_dtype` says otherwise; the VAE works in float32 where the checkpoint or a CPU
         demands it. `hidden_layer` and `shift` are for calls that do not say; the latter comes from the checkpoint when
-        None. With `compile` the first pictures take a minute longer.
+        None. With `compile` the first pictures take a minute longer. `tile_size` and `tile_overlap`, in pixels, are for
+        the VAE where it works in tiles.
         """
         encoder = PromptEncoder.from_pretrained(
             model_path,
@@ -140,6 +144,8 @@ class ZImagePipeline:
             compile=compile,
             compile_mode=compile_mode,
             attention_backend=attention_backend,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
             encoder=encoder,
             hidden_layer=hidden_layer,
         )
@@ -156,6 +162,8 @@ class ZImagePipeline:
         compile: bool = False,  # noqa: A002
         compile_mode: str = "default",
         attention_backend: str = "auto",
+        tile_size: int = 512,
+        tile_overlap: int = 64,
         encoder: PromptEncoder | None = None,
         hidden_layer: int = -2,
     ) -> "ZImagePipeline":
@@ -174,6 +182,7 @@ class ZImagePipeline:
             defaults=GenerationDefaults(shift=configured if shift is None else shift, hidden_layer=hidden_layer),
             attention_backend=choose_attention(attention_backend, transformer),
             compile_mode=compile_mode if compile else None,
+            tiling=Tiling(tile_size, tile_overlap),
         )
         return cls(folder, setup, encoder)
 
@@ -329,7 +338,7 @@ class ZImagePipeline:
                 latents = self._latents(passes, embedding, start, generator_of(index), walk)  # (16, h, w)
             walk.tell("decode")
             with clock.phase("decode"):
-                image = start.pasted(self._coder.decode(latents), request.keep_unmasked)
+                image = start.pasted(self._coder.decode(latents, request.tiled_vae), request.keep_unmasked)
             images.append(GeneratedImage(image, request.seed_of(index), index))
         return GenerationResult(images, clock.metrics(embedding.prompt_tokens, embedding.embeds.shape[0]))
 
@@ -343,7 +352,7 @@ class ZImagePipeline:
     ) -> Tensor:
         """One picture through all passes: (16, h, w) of the last one's size."""
         device = self._setup.transformer.device
-        latents = self._coder.encode(start.image, generator).to(device) if start.image else None
+        latents = self._coder.encode(start.image, generator, start.in_tiles).to(device) if start.image else None
         for one in passes:
             noise = draw_noise(generator, self._model.channels, one.size).to(device)
             latents = noise if latents is None else enlarged(latents, one.size)
@@ -407,6 +416,7 @@ class _Setup:
     defaults: GenerationDefaults
     attention_backend: str
     compile_mode: str | None
+    tiling: Tiling
 
 
 @dataclass(slots=True)
@@ -429,10 +439,11 @@ class _Walk:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What the first pass starts from, at its size: RGB picture and 8-bit mask, or neither."""
+    """What the first pass starts from, at its size: RGB picture and 8-bit mask, or neither. `in_tiles` as requested."""
 
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    in_tiles: bool = False
 
     def latent_mask(self, one: PlannedPass, device: torch.device) -> Tensor:
         """(1, h, w) of 0 and 1 by the nearest pixel, 1 where to paint, as diffusers makes it."""
@@ -456,6 +467,7 @@ def _fit(request: GenerationRequest, inputs: Inputs, first: PlannedPass) -> _Sta
     return _Start(
         image=None if inputs.image is None else fitted(inputs.image, first.width, first.height, request.fit),
         mask=None if inputs.mask is None else mask_fitted(inputs.mask, first.width, first.height, request.fit),
+        in_tiles=request.tiled_vae,
     )
 
 
