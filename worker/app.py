@@ -24,12 +24,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from worker.deliver import Deliverer
 from worker.generate import Generator
-from worker.gpu import load_pipeline
 from worker.presence import Presence
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
 from zcore.broker import DRAIN_TASK, GENERATE_QUEUE, Doorbell, make_app
 from zcore.errors import StorageError, ZImageError
+from zcore.imaging.from_settings import load_pipeline
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job
 from zcore.keys import load_keys

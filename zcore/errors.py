@@ -4,6 +4,7 @@
     ├── ConfigurationError        a setting, profile or file of settings is wrong
     ├── InvalidRequest            the caller's input is outside its bounds
     │   ├── PromptTooLong         the prompt has more tokens than the model can place
+    │   ├── EmbeddingMismatch     a prompt's embedding was made for another model
     │   └── KeyReused             the Idempotency-Key belongs to another body
     ├── NotFound                  the thing named does not exist
     ├── Gone                      it existed, and was purged
@@ -72,6 +73,12 @@ class PromptTooLong(InvalidRequest):
     """The formatted prompt has more tokens than the transformer can place."""
 
     code = "prompt_too_long"
+
+
+class EmbeddingMismatch(InvalidRequest):
+    """The embedding of a prompt was made for another model, and cannot condition this one."""
+
+    code = "embedding_mismatch"
 
 
 class KeyReused(InvalidRequest):

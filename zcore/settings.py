@@ -16,6 +16,7 @@ the smallest part a function needs. Does not know what the parts do with their s
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
@@ -42,6 +43,9 @@ ENVIRONMENT_RESERVED = ("ZIMAGE_CONFIG", "ZIMAGE_PROFILE", "ZIMAGE_LAYOUT_DIR")
 ENVIRONMENT_RESERVED_PREFIX = "ZIMAGE_TEST_"
 
 Device = Annotated[str, Meta(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")]
+DeviceOrNone = Annotated[
+    str, Meta(pattern=r"^(|auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N, or empty")
+]
 DType = Literal["bfloat16", "float32", "float16"]
 Seconds = Annotated[float, Meta(gt=0, le=1_000_000_000)]
 Delay = Annotated[float, Meta(ge=0, le=86_400)]
@@ -61,9 +65,10 @@ class EncoderSettings(_Section, frozen=True):
 
 
 class PipelineSettings(_Section, frozen=True):
-    """Where and how the transformer and the VAE run."""
+    """Where and how the transformer and the VAE run. An empty `vae_device` means that of the transformer."""
 
     device: Device = "auto"
+    vae_device: DeviceOrNone = ""
     torch_dtype: DType = "bfloat16"
 
 
@@ -91,6 +96,7 @@ class PytorchSettings(_Section, frozen=True):
     tile_size: Annotated[int, Meta(ge=128, le=8192, multiple_of=16)] = 512
     tile_overlap: Annotated[int, Meta(ge=0, le=4096, multiple_of=8)] = 64
     long_prompt_mode: LongPromptMode = "interpolate"
+    cpu_offload: bool = False
     compile: bool = False
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     embedding_cache: bool = True
@@ -276,23 +282,31 @@ def load_settings(
     Raises `ConfigurationError` for an unreadable file, an unknown key or profile (naming the nearest valid one) and a
     value out of bounds.
     """
-    given = dict(overrides or {})
-    path = file or Path(environment.get("ZIMAGE_CONFIG") or TREE / "config" / "config.toml")
-    profiles = _read(path)
-    profile = str(given.pop("profile", None) or environment.get("ZIMAGE_PROFILE") or "default")
-    if profile != "default" and profile not in profiles:
-        raise ConfigurationError(f"{path}: there is no profile `{profile}`{_nearest(profile, [*profiles, 'default'])}")
-    for name, table in profiles.items():
-        _refuse_unknown(table, f"{path}: [{name}]")
-    tree: dict[str, Any] = {"profile": profile}
-    _merge(tree, profiles.get("default", {}))
-    if profile != "default":
-        _merge(tree, profiles[profile])
+    sources = _Sources.read(environment, overrides or {}, file)
+    tree: dict[str, Any] = {"profile": sources.profile}
+    for _name, table in sources.tables:
+        _merge(tree, table)
     for name, value in _from_environment(environment):
         _set(tree, name, value, f"environment variable {ENVIRONMENT_PREFIX}{name.upper().replace('.', '__')}")
-    for name, value in given.items():
+    for name, value in sources.given.items():
         _set(tree, name, value, f"option {name}")
-    return _checked(tree, path, profile)
+    return _checked(tree, sources.path, sources.profile)
+
+
+def setting_origins(
+    environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None, file: Path | None = None
+) -> dict[str, str]:
+    """Where the value of each setting comes from, for a person who wonders: `default`, a table of the file,
+    `environment` or `flag`.
+
+    Takes what `load_settings` takes, and is meant for what that has accepted.
+    """
+    sources = _Sources.read(environment, overrides or {}, file)
+    origins = dict.fromkeys(setting_names(), "default")
+    for profile, table in sources.tables:
+        origins |= {name: f"{sources.path.name} [{profile}]" for name in origins if _holds(table, name)}
+    origins |= {name: "environment" for name, _value in _from_environment(environment)}
+    return origins | dict.fromkeys(sources.given, "flag")
 
 
 def overrides_from_arguments(arguments: Sequence[str]) -> dict[str, str]:
@@ -316,6 +330,53 @@ def setting_names() -> dict[str, Any]:
             names[name] = kind
     del names["profile"]
     return names
+
+
+def setting_value(name: str, value: Any, origin: str) -> Any:
+    """A value as the setting `name` has it; text is read as the environment's is.
+
+    Raises `ConfigurationError`, which begins with `origin`.
+    """
+    names = setting_names()
+    kind = names.get(name)
+    if kind is None:
+        raise ConfigurationError(f"{origin} is not a setting{_nearest(name, list(names))}")
+    if isinstance(value, str):
+        value = _from_text(value, kind)
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as fault:
+        raise ConfigurationError(f"{origin}: {said_plainly(str(fault))}") from fault
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """What settings are read from: the profile's tables of the file, lowest first, and the command line's keys."""
+
+    path: Path
+    profile: str
+    tables: tuple[tuple[str, dict[str, Any]], ...]
+    given: dict[str, Any]
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str], overrides: Mapping[str, Any], file: Path | None) -> "_Sources":
+        given = dict(overrides)
+        path = file or Path(environment.get("ZIMAGE_CONFIG") or TREE / "config" / "config.toml")
+        profiles = _read(path)
+        profile = str(given.pop("profile", None) or environment.get("ZIMAGE_PROFILE") or "default")
+        if profile != "default" and profile not in profiles:
+            known = [*profiles, "default"]
+            raise ConfigurationError(f"{path}: there is no profile `{profile}`{_nearest(profile, known)}")
+        for name, table in profiles.items():
+            _refuse_unknown(table, f"{path}: [{name}]")
+        names = dict.fromkeys(["default", profile])
+        return cls(path, profile, tuple((name, profiles.get(name, {})) for name in names), given)
+
+
+def _holds(table: Mapping[str, Any], name: str) -> bool:
+    section, _, key = name.rpartition(".")
+    return key in (table.get(section, {}) if section else table)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -343,17 +404,8 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, Any
 
 
 def _set(tree: dict[str, Any], name: str, value: Any, origin: str) -> None:
-    names = setting_names()
+    value = setting_value(name, value, origin)
     section, _, key = name.partition(".")
-    kind = names.get(name)
-    if kind is None:
-        raise ConfigurationError(f"{origin} is not a setting{_nearest(name, list(names))}")
-    if isinstance(value, str):
-        value = _from_text(value, kind)
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError as fault:
-        raise ConfigurationError(f"{origin}: {said_plainly(str(fault))}") from fault
     if key:
         tree.setdefault(section, {})[key] = value
     else:

@@ -32,9 +32,9 @@ UNREADABLE = (
     SyntaxError,
     ValueError,  # msgspec's too
     struct.error,
-    RecursionError,
+    RuntimeError,  # the AVIF decoder's, and of nesting without end
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
+    Warning,  # where warnings are errors
 )
 """What Pillow and msgspec raise at bytes that are not as they have to be."""
 

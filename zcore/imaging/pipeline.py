@@ -386,7 +386,7 @@ class ZImagePipeline:
             check_fits(
                 given,
                 hidden_size=self._model.prompt_width,
-                caption_tokens=self._limits.caption_tokens,
+                caption_tokens_limit=self._limits.caption_tokens,
                 encoder_family=self._family,
             )
             if wants_negative(request) and given.negative is None:

@@ -23,7 +23,7 @@ from zcore.imaging.text import long_prompt
 from zcore.imaging.text.embedding_cache import CacheUse, EmbeddingCache, key_of
 from zcore.imaging.text.embedding_file import PromptEmbedding
 from zcore.imaging.text.encoder import LayerBlend, TextEncoder
-from zcore.imaging.text.formatter import FormattedPrompt, format_prompt, format_request
+from zcore.imaging.text.formatter import FormattedPrompt, format_negative, format_request
 from zcore.imaging.text.templates import TemplateLibrary
 from zcore.imaging.text.token_count import TokenCounter
 from zcore.request import GenerationRequest, LongPromptMode, parse_generation
@@ -125,9 +125,7 @@ class PromptEncoder:
     def _embedding(self, request: GenerationRequest, prompt: FormattedPrompt, embeds: Tensor) -> PromptEmbedding:
         negative = None
         if wants_negative(request):
-            negative = self._embed(
-                format_prompt(request.negative_prompt), LayerBlend.of(request), request.long_prompt_mode
-            )
+            negative = self._embed(format_negative(request), LayerBlend.of(request), request.long_prompt_mode)
         return PromptEmbedding(
             embeds=embeds,
             negative=negative,

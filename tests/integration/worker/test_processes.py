@@ -25,10 +25,10 @@ from tests.services.process import Running
 from tests.services.redis import Redis
 from tests.waiting import wait_until
 from worker.app import BROKEN_STATUS
-from worker.gpu import load_pipeline
 from zcore.broker import Doorbell, make_app
 from zcore.errors import CheckpointError
 from zcore.imaging.encode import read_parameters
+from zcore.imaging.from_settings import load_pipeline
 from zcore.jobs import lifecycle, presence, queries
 from zcore.jobs.database import Database
 from zcore.jobs.lifecycle import StoredOutput

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from zcore.errors import CheckpointError, InvalidRequest
 from zcore.imaging.model.attention import choose_attention
-from zcore.imaging.model.checkpoint import ENCODING, PAINTING, check_layout, locate, revision
+from zcore.imaging.model.checkpoint import ENCODING, PAINTING, check_layout, encoder_family, locate, revision
 from zcore.imaging.model.loader import (
     Placement,
     device_of,
@@ -144,6 +144,23 @@ def test_a_generator_needs_no_weights_of_the_text_encoder(checkpoint: Path) -> N
     generator = ZImagePipeline.from_pretrained_generator_only(checkpoint, torch_dtype="float32", dit_device="cpu")
     with pytest.raises(InvalidRequest, match="embeddings: are needed"):
         generator("a fox", width=64, height=64)
+
+
+def test_an_encoders_family_needs_no_weights_and_follows_its_architecture_and_tokenizer(
+    tiny_folder: Path, demo_folder: Path, checkpoint: Path
+) -> None:
+    for weights in (checkpoint / "text_encoder").glob("*.safetensors"):
+        weights.unlink()
+    family = encoder_family(checkpoint)
+    assert family == encoder_family(tiny_folder) != encoder_family(demo_folder)
+    assert re.fullmatch("[0-9a-f]{64}", family)
+    for file in ("text_encoder/config.json", "tokenizer/tokenizer.json"):
+        change_json(checkpoint / file, lambda content: content.update(changed=True))
+        family, before = encoder_family(checkpoint), family
+        assert family != before
+    (checkpoint / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.json cannot be read: No such file"):
+        encoder_family(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "meta", "", "mps", "cuda", "cuda:7"])

@@ -1,16 +1,21 @@
 """Our forward gives, bit for bit, what diffusers' gives on the same weights."""
 
+import copy
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zcore.imaging.geometry import LatentSize
-from zcore.imaging.model.transformer import Sample, VelocityModel
+from zcore.imaging.model.attention import sdpa
+from zcore.imaging.model.forward import begin, finish, forward, run_layers
+from zcore.imaging.model.transformer import Sample, VelocityModel, conditions_of
 from zcore.imaging.sampling.schedule import sigmas
 
 CPU = torch.device("cpu")
@@ -76,6 +81,86 @@ def test_several_pictures_at_once(
     expected = by_diffusers(reference, latents, [LEVELS[step] for step in steps], prompts)
     assert [v.shape for v in velocities] == [v.shape for v in latents]
     assert all(torch.equal(one, other) for one, other in zip(velocities, expected, strict=True))
+
+
+def test_a_plan_made_among_others_is_the_one_made_alone(
+    reference: ZImageTransformer2DModel, ours: VelocityModel, dtype: torch.dtype
+) -> None:
+    samples = [Sample(prompt_of(reference, words), SIZES[0], LEVELS) for words in (20, 90)]
+    latents = noise_of(SIZES[0])
+    for sample, among_others in zip(samples, ours.plans(samples), strict=True):
+        alone = ours.plan(sample.prompt_embeds, sample.size, sample.sigmas)
+        velocities = [ours.velocity(plan, latents, 3) for plan in (alone, among_others)]
+        # With fewer than four rows a product's last bits depend on their number, in float32.
+        assert torch.allclose(*velocities, rtol=0, atol=1e-5 if dtype == torch.float32 else 0)
+
+
+def test_samples_of_one_batch_may_have_different_numbers_of_steps(
+    reference: ZImageTransformer2DModel, ours: VelocityModel
+) -> None:
+    prompt = prompt_of(reference, 20)
+    short, long = ours.plans([Sample(prompt, SIZES[0], sigmas(2, 3.0)), Sample(prompt, SIZES[0], LEVELS)])
+    assert (len(short.modulations), len(long.modulations)) == (2, 8)
+    (last, other) = ours.velocities([short, long], [noise_of(SIZES[0])] * 2, [1, 6])
+    levels = [sigmas(2, 3.0)[1], LEVELS[6]]
+    expected = by_diffusers(reference, [noise_of(SIZES[0])] * 2, levels, [prompt] * 2)
+    assert torch.equal(last, expected[0])
+    assert torch.equal(other, expected[1])
+
+
+def test_layers_left_out_are_as_if_the_network_had_none(
+    reference: ZImageTransformer2DModel, ours: VelocityModel, dtype: torch.dtype
+) -> None:
+    prompt, tokens = prompt_of(reference, 20), noise_of(LatentSize(64, 4)).view(1, 64, 64).to(dtype)
+    conditions = conditions_of([ours.plan(prompt, LatentSize(16, 16), LEVELS)], [3])
+    shorter = copy.deepcopy(reference)
+    del shorter.layers[2]
+    plan_of_shorter = VelocityModel(shorter, CPU, dtype).plan(prompt, LatentSize(16, 16), LEVELS)
+    expected = forward(shorter, tokens, conditions_of([plan_of_shorter], [3]), sdpa)
+
+    shared = run_layers(reference, begin(reference, tokens, conditions, sdpa), range(2), conditions, sdpa)
+    skipped = run_layers(reference, shared, range(3, len(reference.layers)), conditions, sdpa)
+    whole = run_layers(reference, shared, range(2, len(reference.layers)), conditions, sdpa)
+
+    assert torch.equal(finish(reference, skipped, 64, conditions), expected)
+    assert torch.equal(finish(reference, whole, 64, conditions), forward(reference, tokens, conditions, sdpa))
+    assert not torch.equal(skipped, whole)
+
+
+def test_a_step_waits_for_no_number_and_computes_with_none_that_is_complex(
+    reference: ZImageTransformer2DModel, ours: VelocityModel
+) -> None:
+    samples = [Sample(prompt_of(reference, words), size, LEVELS) for words, size in ((20, SIZES[0]), (90, SIZES[1]))]
+    plans = ours.plans(samples)
+    with _Operators() as operators:
+        ours.velocity(plans[0], noise_of(SIZES[0]), 0)
+        ours.velocities(plans, [noise_of(SIZES[0]), noise_of(SIZES[1])], [3, 5])
+    assert "aten.addmm.default" in operators.names
+    assert not operators.names & {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
+    assert not any(dtype.is_complex for dtype in operators.dtypes)
+
+
+def test_a_plan_serves_again(reference: ZImageTransformer2DModel, ours: VelocityModel) -> None:
+    plan, latents = ours.plan(prompt_of(reference, 20), SIZES[1], LEVELS), noise_of(SIZES[1])
+    first = ours.velocity(plan, latents, 3)
+    ours.velocity(plan, noise_of(SIZES[1], seed=1), 5)
+    assert torch.equal(latents, noise_of(SIZES[1]))
+    assert torch.equal(ours.velocity(plan, latents, 3), first)
+
+
+class _Operators(TorchDispatchMode):
+    """Which operators ran, and on which types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.add(str(func))
+        self.dtypes |= {given.dtype for given in (*args, result) if isinstance(given, Tensor)}
+        return result
 
 
 def prompt_of(reference: ZImageTransformer2DModel, words: int, seed: int = 0) -> Tensor:

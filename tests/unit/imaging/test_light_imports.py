@@ -12,6 +12,7 @@ import pytest
         "zcore.imaging",
         "zcore.imaging.geometry",
         "zcore.imaging.encode",
+        "zcore.imaging.input_picture",
         "zcore.imaging.text.templates",
         "zcore.imaging.text.formatter",
         "zcore.imaging.text.token_count",

@@ -103,6 +103,21 @@ def revision(folder: Path, components: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def encoder_family(folder: Path) -> str:
+    """Which text encoder a checkpoint's embeddings come from, as a SHA-256 in hexadecimal.
+
+    Of the encoder's configuration and the tokenizer, which every installation has, one without the encoder's weights
+    too. Trainings of one architecture with one tokenizer are a family. Raises `CheckpointError` for a missing file.
+    """
+    digest = hashlib.sha256()
+    for path in (folder / "text_encoder" / "config.json", folder / "tokenizer" / "tokenizer.json"):
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration of the checkpoint. Raises `CheckpointError`, naming the file."""
     try:

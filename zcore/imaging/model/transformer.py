@@ -5,11 +5,10 @@ runs one forward a step by it. Hides the network's conventions: patches, padding
 arithmetic. Keeps nothing between calls. Does not know the schedule's formula and the sampler.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from zcore.imaging.geometry import PATCH_LATENTS, LatentSize, padded
 from zcore.imaging.model.attention import Attend, sdpa
+from zcore.imaging.model.compilation import compiled
 from zcore.imaging.model.forward import Conditions, Modulation, Transformer, forward, modulate, refine_caption
 from zcore.imaging.model.rope import Rotary, caption_places, frequencies, picture_places, rotary
 
@@ -73,8 +73,7 @@ class VelocityModel:
         self._device = device
         self._dtype = dtype
         self._attend = attend
-        run = forward if compile_mode is None else _compiled(compile_mode)
-        self._forward = partial(run, self._weights, attend=attend)
+        self._run = forward if compile_mode is None else compiled(compile_mode)
         self._frequencies = frequencies(self._weights.config.rope_theta, self._weights.config.axes_dims)
         self.channels = int(self._weights.config.in_channels)
         """Channels of a latent: 16."""
@@ -124,7 +123,7 @@ class VelocityModel:
         tokens = torch.zeros(len(plans), length, channels, dtype=self._dtype, device=self._device)
         for row, plan, sample in zip(tokens, plans, latents, strict=True):
             _patches(row, plan.size).copy_(sample.view(_patches(row, plan.size).shape))
-        moved = self._forward(tokens, _conditions(plans, steps))
+        moved = self._run(self._weights, tokens, conditions_of(plans, steps), self._attend)
         return [
             _patches(row, plan.size).reshape(self.channels, plan.size.height, plan.size.width)
             for row, plan in zip(moved, plans, strict=True)
@@ -158,11 +157,7 @@ class VelocityModel:
         return Rotary(table.cos[None], table.sin[None])
 
 
-def _compiled(mode: str) -> Callable[..., Tensor]:
-    return cast(Any, torch).compile(forward, fullgraph=True, dynamic=True, mode=mode)
-
-
-def _conditions(plans: Sequence[Plan], steps: Sequence[int]) -> Conditions:
+def conditions_of(plans: Sequence[Plan], steps: Sequence[int]) -> Conditions:
     """What a forward is told of these plans, each at its step. One plan alone is not copied."""
     pictures = [plan.picture_length for plan in plans]
     lengths = [plan.picture_length + plan.caption_length for plan in plans]

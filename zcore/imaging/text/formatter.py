@@ -13,15 +13,18 @@ and after the assistant's line, with a think block, `<think>` LF T LF `</think>`
 model was trained there is neither block nor answer.
 """
 
+import re
 from dataclasses import dataclass
+from typing import TypeVar
 
-from zcore.imaging.text.templates import TemplateLibrary
+from zcore.imaging.text.templates import Template, TemplateLibrary
 from zcore.request import GenerationRequest
 
 MESSAGE_START = "<|im_start|>"
 MESSAGE_END = "<|im_end|>"
 THINK_START = "<think>"
 THINK_END = "</think>"
+_NO_TEMPLATE = Template("", "", "", body="", add_think_block=False, thinking_content="", assistant_content="")
 CONTROLS = (MESSAGE_START, MESSAGE_END, THINK_START, THINK_END)
 
 
@@ -57,17 +60,32 @@ class FormattedPrompt:
 
 
 def format_request(request: GenerationRequest, templates: TemplateLibrary) -> FormattedPrompt:
-    """The request's prompt in its template. Raises `InvalidRequest` for a template that does not exist."""
-    if request.template is None:
-        return format_prompt(request.prompt)
-    template = templates.get(request.template)
+    """The request's prompt in its layout. Raises `InvalidRequest` for a template that does not exist.
+
+    What the request says goes before its template: only where it is silent (None) does the template speak.
+    """
+    template = templates.get(request.template) if request.template is not None else _NO_TEMPLATE
+    clean = cleaned if request.clean_whitespace else _as_it_is
+    prompt = request.prompt.replace('"', "") if request.strip_quotes else request.prompt
     return format_prompt(
-        request.prompt,
-        system=template.body,
-        thinking=template.thinking_content,
-        answer=template.assistant_content,
-        think_block=template.add_think_block,
+        clean(prompt),
+        system=clean(_said(request.system_prompt, template.body)),
+        thinking=clean(_said(request.thinking_content, template.thinking_content)),
+        answer=clean(_said(request.assistant_content, template.assistant_content)),
+        think_block=_said(request.force_think_block, template.add_think_block),
     )
+
+
+def format_negative(request: GenerationRequest) -> FormattedPrompt:
+    """The negative prompt as a plain user's message, as the official code and diffusers encode it."""
+    clean = cleaned if request.clean_whitespace else _as_it_is
+    return format_prompt(clean(request.negative_prompt))
+
+
+def cleaned(text: str) -> str:
+    """Both ends trimmed, three or more line ends as two, every run of other white space as one space."""
+    lines = re.sub(r"\n{3,}", "\n\n", text.strip())
+    return re.sub(r"[^\S\n]+", " ", lines)
 
 
 def format_prompt(
@@ -83,6 +101,17 @@ def format_prompt(
     if answer:
         pieces += [Text(answer), Control(MESSAGE_END)]
     return FormattedPrompt(tuple(_joined(pieces)))
+
+
+_Said = TypeVar("_Said")
+
+
+def _said(by_caller: _Said | None, by_template: _Said) -> _Said:
+    return by_template if by_caller is None else by_caller
+
+
+def _as_it_is(text: str) -> str:
+    return text
 
 
 def _message(role: str, body: str) -> list[Control | Text]:

@@ -61,16 +61,14 @@ class TemplateLibrary:
     templates: Mapping[str, Template]
 
     @classmethod
-    def load(cls, directory: Path) -> "TemplateLibrary":
-        """Every `*.md` under the folder. Raises `ConfigurationError` naming the file that is wrong."""
-        if not directory.is_dir():
-            raise ConfigurationError(f"templates_dir: {directory} is not a folder")
+    def load(cls, *folders: Path) -> "TemplateLibrary":
+        """Every `*.md` under the folders; a later folder's template takes the place of an earlier one's of its name.
+
+        Raises `ConfigurationError` naming the file that is wrong.
+        """
         templates: dict[str, Template] = {}
-        for path in sorted(directory.rglob("*.md")):
-            template = _read(path)
-            if template.name in templates:
-                raise ConfigurationError(f"{path}: another template is already called `{template.name}`")
-            templates[template.name] = template
+        for folder in folders:
+            templates |= _read_all(folder)
         return cls(templates)
 
     @classmethod
@@ -89,6 +87,18 @@ class TemplateLibrary:
         near = difflib.get_close_matches(name, self.templates, n=3)
         hint = f"; did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
         raise InvalidRequest.field("template", f"there is no template `{name}`{hint}")
+
+
+def _read_all(folder: Path) -> dict[str, Template]:
+    if not folder.is_dir():
+        raise ConfigurationError(f"templates_dir: {folder} is not a folder")
+    templates: dict[str, Template] = {}
+    for path in sorted(folder.rglob("*.md")):
+        template = _read(path)
+        if template.name in templates:
+            raise ConfigurationError(f"{path}: another template is already called `{template.name}`")
+        templates[template.name] = template
+    return templates
 
 
 def _read(path: Path) -> Template:

@@ -1,0 +1,57 @@
+"""The compiled forward is one graph for every size and prompt, and gives what the other gives."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from tests.unit.imaging.test_forward import LEVELS, noise_of, prompt_of
+from zcore.imaging.geometry import LatentSize
+from zcore.imaging.model.transformer import Sample, VelocityModel
+
+# torch's own compiler still uses what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@pytest.fixture
+def weights(tiny_folder: Path) -> ZImageTransformer2DModel:
+    """Random weights in float32."""
+    return ZImageTransformer2DModel.from_pretrained(tiny_folder / "transformer").eval().requires_grad_(False)
+
+
+@pytest.fixture
+def compiled(weights: ZImageTransformer2DModel) -> Iterator[VelocityModel]:
+    """Not compiled yet; at the end nothing compiled is left."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield VelocityModel(weights, torch.device("cpu"), torch.float32, compile_mode="default")
+    torch._dynamo.reset()
+
+
+def test_one_graph_without_a_break_serves_every_size_and_prompt(
+    weights: ZImageTransformer2DModel, compiled: VelocityModel
+) -> None:
+    eager = VelocityModel(weights, torch.device("cpu"), torch.float32)
+
+    def agree(*of: tuple[LatentSize, int, int]) -> None:
+        """Both give the same for samples of this size, prompt length and step."""
+        plans = eager.plans([Sample(prompt_of(weights, words), size, LEVELS) for size, words, _ in of])
+        latents: list[Tensor] = [noise_of(size, seed) for seed, (size, _, _) in enumerate(of)]
+        steps = [step for _, _, step in of]
+        pairs = zip(compiled.velocities(plans, latents, steps), eager.velocities(plans, latents, steps), strict=True)
+        assert all(torch.allclose(one, other, rtol=0, atol=1e-4) for one, other in pairs)
+
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        # 64 image tokens of 64 channels: lengths that are equal by chance must not be taken for one.
+        agree((LatentSize(16, 16), 20, 0))
+        agree((LatentSize(32, 24), 50, 3))
+        agree((LatentSize(10, 14), 300, 7))
+    assert counters["stats"]["unique_graphs"] == 1
+    with torch.inference_mode():
+        agree((LatentSize(32, 24), 20, 1), (LatentSize(10, 14), 50, 6))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]

@@ -1,0 +1,98 @@
+"""From the operator's settings to a loaded model on this process's devices.
+
+Takes `Settings`; gives a whole pipeline, or one of its halves, or a `ConfigurationError` for a setting that this
+version cannot honour, so that nothing is silently ignored. Loads torch with the first call. Does not know jobs or
+command lines.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from zcore.errors import ConfigurationError
+from zcore.settings import Settings
+
+if TYPE_CHECKING:
+    from zcore.imaging.pipeline import ZImagePipeline
+    from zcore.imaging.prompt_encoder import PromptEncoder
+
+
+def load_pipeline(settings: Settings) -> "ZImagePipeline":
+    """The model in memory, ready to paint. Seconds for the demo checkpoint, a minute for the real one.
+
+    Raises `ConfigurationError` and `CheckpointError`.
+    """
+    refuse_what_is_not_built(settings)
+    from zcore.imaging.pipeline import ZImagePipeline
+
+    return ZImagePipeline.from_pretrained(
+        settings.model_location,
+        templates_dir=settings.templates_path,
+        encoder_dtype=settings.encoder.torch_dtype,
+        encoder_device=settings.encoder.device,
+        embedding_cache_bytes=_cache_bytes(settings),
+        **_painting(settings),
+    )
+
+
+def load_generator(settings: Settings) -> "ZImagePipeline":
+    """Transformer and VAE alone, to paint from an embedding. Raises as `load_pipeline` does."""
+    refuse_what_is_not_built(settings)
+    from zcore.imaging.pipeline import ZImagePipeline
+
+    return ZImagePipeline.from_pretrained_generator_only(settings.model_location, **_painting(settings))
+
+
+def load_encoder(settings: Settings) -> "PromptEncoder":
+    """Tokenizer and text encoder alone, to make embeddings. Raises as `load_pipeline` does."""
+    refuse_what_is_not_built(settings)
+    from zcore.imaging.prompt_encoder import PromptEncoder
+    from zcore.imaging.text.templates import TemplateLibrary
+
+    return PromptEncoder.from_pretrained(
+        settings.model_location,
+        templates=TemplateLibrary.load(settings.templates_path),
+        torch_dtype=settings.encoder.torch_dtype,
+        device=settings.encoder.device,
+        hidden_layer=settings.encoder.hidden_layer,
+        embedding_cache_bytes=_cache_bytes(settings),
+    )
+
+
+def refuse_what_is_not_built(settings: Settings, spelled: Mapping[str, str] = {}) -> None:
+    """Raise `ConfigurationError` where a setting asks for what this version lacks.
+
+    `spelled` holds what its reader calls a setting, where that is not its name: a flag, for who typed one.
+    """
+    wanted = {
+        "encoder.quantization": settings.encoder.quantization != "none",
+        "pytorch.use_custom_scheduler": settings.pytorch.use_custom_scheduler,
+        "pytorch.cpu_offload": settings.pytorch.cpu_offload,
+        "dype.enabled": settings.dype.enabled,
+        "slg.enabled": settings.slg.enabled,
+        "lora.paths": bool(settings.lora.paths),
+    }
+    for name, asked in wanted.items():
+        if asked:
+            raise ConfigurationError(
+                f"{spelled.get(name, name)}: is understood, but this version cannot honour it yet; "
+                "leave it at its default"
+            )
+
+
+def _painting(settings: Settings) -> dict[str, Any]:
+    """What transformer and VAE are loaded with."""
+    return {
+        "torch_dtype": settings.pipeline.torch_dtype,
+        "dit_device": settings.pipeline.device,
+        "vae_device": settings.pipeline.vae_device or settings.pipeline.device,
+        "hidden_layer": settings.encoder.hidden_layer,
+        "attention_backend": settings.pytorch.attention_backend,
+        "compile": settings.pytorch.compile,
+        "compile_mode": settings.pytorch.compile_mode,
+        "tile_size": settings.pytorch.tile_size,
+        "tile_overlap": settings.pytorch.tile_overlap,
+    }
+
+
+def _cache_bytes(settings: Settings) -> int:
+    return settings.pytorch.embedding_cache_bytes if settings.pytorch.embedding_cache else 0

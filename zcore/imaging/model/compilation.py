@@ -1,0 +1,40 @@
+"""The forward as one compiled graph.
+
+Takes a mode of `torch.compile`; gives a function that is called as `forward` is, and compiles when it is first called.
+Does not know when that pays.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from zcore.imaging.model.attention import Attend
+from zcore.imaging.model.forward import Conditions, Transformer, forward
+
+Forward = Callable[[Transformer, Tensor, Conditions, Attend], Tensor]
+
+
+def compiled(mode: str) -> Forward:
+    """`forward` without a break, one graph for every size, prompt length and step.
+
+    One sample, several, and several with masks are a graph each, compiled when they first come.
+    """
+    graph: Any = cast(Any, torch).compile(forward, fullgraph=True, mode=mode)
+
+    def run(weights: Transformer, tokens: Tensor, conditions: Conditions, attend: Attend) -> Tensor:
+        _mark_varying(tokens, conditions)
+        return graph(weights, tokens, conditions, attend)
+
+    return run
+
+
+def _mark_varying(tokens: Tensor, conditions: Conditions) -> None:
+    """Say which axes vary. Left to guess, torch takes axes of one length for one axis: 64 tokens for 64 channels."""
+    mark: Any = cast(Any, torch)._dynamo.mark_dynamic
+    rotary = (conditions.rotary.cos, conditions.rotary.sin)
+    masks = (conditions.picture_mask, conditions.mask, conditions.order)
+    for tensor in (tokens, conditions.caption, conditions.is_padding, *rotary, *masks):
+        if tensor is not None:
+            mark(tensor, 1)
