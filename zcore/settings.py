@@ -28,10 +28,14 @@ from zcore.request import (
     GenerationDefaults,
     GuidanceScale,
     HiddenLayer,
+    LayerIndices,
     LongPromptMode,
+    PartOfSteps,
     RequestLimits,
     Shift,
     Side,
+    SkipLayerGuidance,
+    SlgScale,
     Steps,
     said_plainly,
 )
@@ -116,10 +120,15 @@ class SlgSettings(_Section, frozen=True):
     """Skip layer guidance."""
 
     enabled: bool = False
-    scale: float = 2.5
-    layers: tuple[int, ...] = (7, 8, 9, 10, 11, 12)
-    start: Annotated[float, Meta(ge=0, le=1)] = 0.05
-    stop: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    scale: SlgScale = 2.5
+    layers: LayerIndices = (7, 8, 9, 10, 11, 12)
+    start: PartOfSteps = 0.05
+    stop: PartOfSteps = 0.5
+
+    @property
+    def parts(self) -> SkipLayerGuidance:
+        """As a request says it."""
+        return SkipLayerGuidance(scale=self.scale, layers=self.layers, start=self.start, stop=self.stop)
 
 
 class LoraSettings(_Section, frozen=True):
@@ -241,6 +250,8 @@ class Settings(_Section, frozen=True):
             hidden_layer=self.encoder.hidden_layer,
             long_prompt_mode=self.pytorch.long_prompt_mode,
             tiled_vae=self.pytorch.tiled_vae,
+            slg=self.slg.parts if self.slg.enabled else None,
+            slg_parts=self.slg.parts,
         )
 
     @property

@@ -64,6 +64,11 @@ PAINTER = (
     SettingFlag(("--tiled-vae",), ("pytorch.tiled_vae",), "The VAE works in tiles even where memory would do."),
     SettingFlag(("--tile-size",), ("pytorch.tile_size",), "Side of a tile in pixels."),
     SettingFlag(("--tile-overlap",), ("pytorch.tile_overlap",), "Overlap of tiles in pixels."),
+    SettingFlag(("--slg",), ("slg.enabled",), "Skip layer guidance, for better anatomy."),
+    SettingFlag(("--slg-scale",), ("slg.scale",), "How strongly it guides.", "slg.enabled"),
+    SettingFlag(("--slg-layers",), ("slg.layers",), "Which layers are skipped, as 7,8,9.", "slg.enabled"),
+    SettingFlag(("--slg-start",), ("slg.start",), "Part of the steps at which it begins, 0 to 1.", "slg.enabled"),
+    SettingFlag(("--slg-stop",), ("slg.stop",), "Part of the steps at which it ends, 0 to 1.", "slg.enabled"),
 )
 LATER_OF_ENCODER = (
     SettingFlag(("--quantization",), ("encoder.quantization",), "The text encoder's weights in fewer bits."),
@@ -75,11 +80,6 @@ LATER = (
     SettingFlag(("--dype-method",), ("dype.method",), "How positions are extrapolated.", "dype.enabled"),
     SettingFlag(("--dype-scale",), ("dype.dype_scale",), "How strongly.", "dype.enabled"),
     SettingFlag(("--dype-exponent",), ("dype.dype_exponent",), "How fast that fades along the steps.", "dype.enabled"),
-    SettingFlag(("--slg",), ("slg.enabled",), "Skip layer guidance, for better anatomy."),
-    SettingFlag(("--slg-scale",), ("slg.scale",), "How strongly it guides.", "slg.enabled"),
-    SettingFlag(("--slg-layers",), ("slg.layers",), "Which layers are skipped, as 7,8,9.", "slg.enabled"),
-    SettingFlag(("--slg-start",), ("slg.start",), "Part of the steps at which it begins, 0 to 1.", "slg.enabled"),
-    SettingFlag(("--slg-stop",), ("slg.stop",), "Part of the steps at which it ends, 0 to 1.", "slg.enabled"),
 )
 """Understood, and refused by `from_settings.refuse_what_is_not_built`. What is built moves up."""
 

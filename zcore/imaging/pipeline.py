@@ -25,14 +25,14 @@ from zcore.imaging import geometry
 from zcore.imaging.input_picture import fitted, mask_fitted
 from zcore.imaging.model import loader
 from zcore.imaging.model.attention import choose_attention, load_attention
-from zcore.imaging.model.checkpoint import PAINTING, encoder_family, locate, read_json, revision
+from zcore.imaging.model.checkpoint import PAINTING, check_layers, encoder_family, locate, read_json, revision
 from zcore.imaging.model.tiling import Tiling
-from zcore.imaging.model.transformer import VelocityModel
+from zcore.imaging.model.transformer import Plan, VelocityModel
 from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.profiler import GenerationMetrics, PhaseClock
 from zcore.imaging.prompt_encoder import PromptEncoder, wants_negative
 from zcore.imaging.sampling.denoise import Kept, Velocity, denoise, draw_noise, noised
-from zcore.imaging.sampling.guidance import guided
+from zcore.imaging.sampling.guidance import away_from_skipped, guided, skips_layers
 from zcore.imaging.sampling.multipass import PlannedPass, enlarged, plan
 from zcore.imaging.text.embedding_cache import CacheUse
 from zcore.imaging.text.embedding_file import PromptEmbedding, check_fits
@@ -325,6 +325,7 @@ class ZImagePipeline:
     ) -> GenerationResult:
         """The whole way."""
         geometry.check_sides(request.width, request.height, self._limits)
+        check_layers(request, self._model.layer_count)
         passes = plan(request)
         clock = PhaseClock(self._devices)
         walk = _Walk(on_step, request.n * sum(one.forwards for one in passes))
@@ -367,18 +368,28 @@ class ZImagePipeline:
         """Where latents want to go in this pass, guided where it is to be."""
         levels = list(one.levels)
         positive = self._model.plan(embedding.embeds, one.size, levels)
-        if one.guidance.scale == 0:
-            return partial(self._model.velocity, positive)
-        assert embedding.negative is not None, "a guided request has its negative prompt encoded"
-        negative = self._model.plan(embedding.negative, one.size, levels)
+        negative = None
+        if one.guidance.scale > 0:
+            assert embedding.negative is not None, "a guided request has its negative prompt encoded"
+            negative = self._model.plan(embedding.negative, one.size, levels)
 
-        def both(latents: Tensor, step: int) -> Tensor:
-            velocity = self._model.velocity(positive, latents, step)
-            if not one.guidance.is_active(levels[step]):
-                return velocity
-            return guided(velocity, self._model.velocity(negative, latents, step), one.guidance)
+        def velocity(latents: Tensor, step: int) -> Tensor:
+            wanted, skipped = self._positive(positive, latents, step, one)
+            towards = wanted
+            if negative is not None and one.guidance.is_active(levels[step]):
+                towards = guided(wanted, self._model.velocity(negative, latents, step), one.guidance)
+            if one.slg is not None and skipped is not None:
+                towards = away_from_skipped(towards, wanted, skipped, one.slg.scale)
+            return towards
 
-        return both
+        return velocity
+
+    def _positive(self, prompt: Plan, latents: Tensor, step: int, one: PlannedPass) -> tuple[Tensor, Tensor | None]:
+        """What the transformer says for the prompt; and what without the skipped layers, in a step that asks for it."""
+        if one.slg is None or not skips_layers(one.slg, step, one.forwards):
+            return self._model.velocity(prompt, latents, step), None
+        (whole,), (without,) = self._model.velocities_skipping([prompt], [latents], [step], one.slg.layers)
+        return whole, without
 
     def _embedding(self, request: GenerationRequest, given: PromptEmbedding | None) -> PromptEmbedding:
         """On the transformer's device and in its dtype."""

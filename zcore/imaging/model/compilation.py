@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from zcore.imaging.model.attention import Attend
-from zcore.imaging.model.forward import Conditions, Transformer, forward
+from zcore.imaging.model.forward import Conditions, Transformer, forward, forward_skipping
 
 Forward = Callable[[Transformer, Tensor, Conditions, Attend], Tensor]
+ForwardSkipping = Callable[[Transformer, Tensor, Conditions, Attend, tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
 def compiled(mode: str) -> Forward:
@@ -21,11 +22,20 @@ def compiled(mode: str) -> Forward:
 
     One sample, several, and several with masks are a graph each, compiled when they first come.
     """
-    graph: Any = cast(Any, torch).compile(forward, fullgraph=True, mode=mode)
+    return _compiled(forward, mode)
 
-    def run(weights: Transformer, tokens: Tensor, conditions: Conditions, attend: Attend) -> Tensor:
+
+def compiled_skipping(mode: str) -> ForwardSkipping:
+    """`forward_skipping`, as `compiled` is `forward`; other skipped blocks are another graph."""
+    return _compiled(forward_skipping, mode)
+
+
+def _compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    graph: Any = cast(Any, torch).compile(function, fullgraph=True, mode=mode)
+
+    def run(weights: Transformer, tokens: Tensor, conditions: Conditions, *rest: Any) -> Any:
         _mark_varying(tokens, conditions)
-        return graph(weights, tokens, conditions, attend)
+        return graph(weights, tokens, conditions, *rest)
 
     return run
 

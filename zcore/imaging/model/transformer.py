@@ -16,8 +16,16 @@ from torch.nn import functional
 
 from zcore.imaging.geometry import PATCH_LATENTS, LatentSize, padded
 from zcore.imaging.model.attention import Attend, sdpa
-from zcore.imaging.model.compilation import compiled
-from zcore.imaging.model.forward import Conditions, Modulation, Transformer, forward, modulate, refine_caption
+from zcore.imaging.model.compilation import compiled, compiled_skipping
+from zcore.imaging.model.forward import (
+    Conditions,
+    Modulation,
+    Transformer,
+    forward,
+    forward_skipping,
+    modulate,
+    refine_caption,
+)
 from zcore.imaging.model.rope import Rotary, caption_places, frequencies, picture_places, rotary
 
 
@@ -74,9 +82,12 @@ class VelocityModel:
         self._dtype = dtype
         self._attend = attend
         self._run = forward if compile_mode is None else compiled(compile_mode)
+        self._run_skipping = forward_skipping if compile_mode is None else compiled_skipping(compile_mode)
         self._frequencies = frequencies(self._weights.config.rope_theta, self._weights.config.axes_dims)
         self.channels = int(self._weights.config.in_channels)
         """Channels of a latent: 16."""
+        self.layer_count = len(self._weights.layers)
+        """Main blocks: 30."""
         self.prompt_width = int(self._weights.config.cap_feat_dim)
         """Numbers a token of an embedding: 2560."""
 
@@ -118,15 +129,35 @@ class VelocityModel:
 
     def velocities(self, plans: Sequence[Plan], latents: Sequence[Tensor], steps: Sequence[int]) -> list[Tensor]:
         """The velocities of several samples in one forward: of any sizes and prompts, each at its own step."""
+        moved = self._run(self._weights, self._tokens(plans, latents), conditions_of(plans, steps), self._attend)
+        return self._pictures(moved, plans)
+
+    def velocities_skipping(
+        self, plans: Sequence[Plan], latents: Sequence[Tensor], steps: Sequence[int], layers: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What `velocities` gives, and what it would give without these of the main blocks.
+
+        `layers` are some of `range(layer_count)`. The blocks before the first of them run once for both, so it costs
+        less than twice as much.
+        """
+        tokens, conditions = self._tokens(plans, latents), conditions_of(plans, steps)
+        whole, without = self._run_skipping(self._weights, tokens, conditions, self._attend, tuple(sorted(layers)))
+        return self._pictures(whole, plans), self._pictures(without, plans)
+
+    def _tokens(self, plans: Sequence[Plan], latents: Sequence[Tensor]) -> Tensor:
+        """(B, N, 64), zeros where a picture has fewer."""
         length = max(plan.picture_length for plan in plans)
         channels = self.channels * PATCH_LATENTS**2
         tokens = torch.zeros(len(plans), length, channels, dtype=self._dtype, device=self._device)
         for row, plan, sample in zip(tokens, plans, latents, strict=True):
             _patches(row, plan.size).copy_(sample.view(_patches(row, plan.size).shape))
-        moved = self._run(self._weights, tokens, conditions_of(plans, steps), self._attend)
+        return tokens
+
+    def _pictures(self, tokens: Tensor, plans: Sequence[Plan]) -> list[Tensor]:
+        """Each (16, h, w)."""
         return [
             _patches(row, plan.size).reshape(self.channels, plan.size.height, plan.size.width)
-            for row, plan in zip(moved, plans, strict=True)
+            for row, plan in zip(tokens, plans, strict=True)
         ]
 
     def _refined_captions(self, prompts: Sequence[Tensor]) -> list[Tensor]:
