@@ -162,7 +162,12 @@ class Generator:
         metrics = _metrics(painted, upload_ms=_milliseconds(time.monotonic() - began))
         with self._database.write() as transaction:
             job = lifecycle.complete(
-                transaction, painted.lease, outputs, metrics, self._pipeline.describe(), self._jobs.retention_s
+                transaction,
+                painted.lease,
+                outputs,
+                metrics,
+                self._pipeline.describe(painted.request),
+                self._jobs.retention_s,
             )
         if job is None:
             raise LeaseLost("another worker has this job by now")
@@ -175,7 +180,7 @@ class Generator:
         """Encodes and stores one picture; tries again until `give_up_at`, while nothing calls the job off."""
         painted.pulse.check()
         image = painted.result.images[index]
-        encoded = encode_image(image.image, painted.request, image.index, self._pipeline.describe())
+        encoded = encode_image(image.image, painted.request, image.index, self._pipeline.describe(painted.request))
         key = pictures.key_of(painted.job.id, painted.job.attempt, index, encoded.format)
         for attempt in count():
             try:

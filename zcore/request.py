@@ -65,6 +65,15 @@ LayerIndices = Annotated[
     Meta(min_length=1, max_length=200, description="Which main blocks of the transformer are left out, from 0."),
 ]
 PartOfSteps = Annotated[float, Meta(ge=0.0, le=1.0)]
+DypeMethod = Literal["vision_yarn", "yarn", "ntk"]
+DypeScale = Annotated[float, Meta(ge=0.0, le=16.0, description="How strongly positions are stretched; 0 is off.")]
+DypeExponent = Annotated[float, Meta(gt=0.0, le=16.0, description="How early the stretch fades along the steps.")]
+DypeStart = Annotated[
+    float, Meta(ge=0.001, le=1.0, description="The noise level below which vision_yarn's amplitude fades.")
+]
+BaseResolution = Annotated[
+    int, Meta(ge=64, le=8192, multiple_of=16, description="Pixels a side that the checkpoint was trained at.")
+]
 LayerName = Annotated[str, Meta(pattern=r"^-([1-9]|[12][0-9]|3[0-6])$")]
 LayerWeight = Annotated[float, Meta(gt=0.0, le=1000.0)]
 SystemText = Annotated[str, Meta(max_length=PROMPT_LIMIT_CHARACTERS)]
@@ -90,6 +99,21 @@ class SkipLayerGuidance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     stop: PartOfSteps = 0.5
 
 
+class Dype(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Positions stretched for pictures larger than trained; see `zcore.imaging.model.dype`.
+
+    What a request's object leaves out is as in the operator's settings, whether they switch it on or not.
+    """
+
+    method: DypeMethod = "vision_yarn"
+    scale: DypeScale = 2.0
+    exponent: DypeExponent = 2.0
+    start_sigma: DypeStart = 1.0
+    base_resolution: BaseResolution = 1024
+    anisotropic: bool = False
+    dynamic: bool = True
+
+
 class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One pass of a multi-pass generation.
 
@@ -105,6 +129,7 @@ class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shift: Shift | None = None
     guidance_scale: GuidanceScale | None = None
     slg: SkipLayerGuidance | None = None
+    dype: Dype | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
@@ -168,6 +193,16 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         Annotated[
             SkipLayerGuidance,
             Meta(description="Skip layer guidance: scale, layers, start, stop. A step where it is active costs more."),
+        ]
+        | None
+    ) = None
+    dype: (
+        Annotated[
+            Dype,
+            Meta(
+                description="Dynamic position extrapolation, for pictures above base_resolution: method, scale, "
+                "exponent, start_sigma, base_resolution, anisotropic, dynamic. Patent pending, say its authors."
+            ),
         ]
         | None
     ) = None
@@ -248,7 +283,9 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     tiled_vae: bool = False
     slg: SkipLayerGuidance | None = None
     slg_parts: SkipLayerGuidance = SkipLayerGuidance()
-    """What a `slg` that says something leaves out."""
+    dype: Dype | None = None
+    dype_parts: Dype = Dype()
+    """What a `slg` or `dype` that says something leaves out."""
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -311,7 +348,10 @@ def _defaults(defaults: GenerationDefaults) -> dict[str, Any]:
 
 def _completed(fields: Mapping[str, Any], defaults: GenerationDefaults) -> dict[str, Any]:
     """The fields, where objects have what they do not say: of the operator's settings, in passes of the request."""
-    parts: dict[str, dict[str, Any]] = {"slg": msgspec.to_builtins(defaults.slg_parts)}
+    parts: dict[str, Any] = {
+        "slg": msgspec.to_builtins(defaults.slg_parts),
+        "dype": msgspec.to_builtins(defaults.dype_parts),
+    }
 
     def completed(said: Mapping[str, Any]) -> dict[str, Any]:
         objects = {name: {**parts[name], **said[name]} for name in parts if isinstance(said.get(name), Mapping)}

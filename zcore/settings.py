@@ -25,6 +25,12 @@ from msgspec import Meta, field
 
 from zcore.errors import ConfigurationError
 from zcore.request import (
+    BaseResolution,
+    Dype,
+    DypeExponent,
+    DypeMethod,
+    DypeScale,
+    DypeStart,
     GenerationDefaults,
     GuidanceScale,
     HiddenLayer,
@@ -111,9 +117,26 @@ class DypeSettings(_Section, frozen=True):
     """Dynamic position extrapolation, for pictures far above the trained size."""
 
     enabled: bool = False
-    method: Literal["vision_yarn", "yarn", "ntk"] = "vision_yarn"
-    dype_scale: Annotated[float, Meta(gt=0)] = 2.0
-    dype_exponent: Annotated[float, Meta(gt=0)] = 2.0
+    method: DypeMethod = "vision_yarn"
+    dype_scale: DypeScale = 2.0
+    dype_exponent: DypeExponent = 2.0
+    start_sigma: DypeStart = 1.0
+    base_resolution: BaseResolution = 1024
+    anisotropic: bool = False
+    dynamic: bool = True
+
+    @property
+    def parts(self) -> Dype:
+        """As a request says it."""
+        return Dype(
+            method=self.method,
+            scale=self.dype_scale,
+            exponent=self.dype_exponent,
+            start_sigma=self.start_sigma,
+            base_resolution=self.base_resolution,
+            anisotropic=self.anisotropic,
+            dynamic=self.dynamic,
+        )
 
 
 class SlgSettings(_Section, frozen=True):
@@ -252,6 +275,8 @@ class Settings(_Section, frozen=True):
             tiled_vae=self.pytorch.tiled_vae,
             slg=self.slg.parts if self.slg.enabled else None,
             slg_parts=self.slg.parts,
+            dype=self.dype.parts if self.dype.enabled else None,
+            dype_parts=self.dype.parts,
         )
 
     @property

@@ -48,6 +48,7 @@ print(peak() - before, round(time.monotonic() - began, 1))
 """
 
 
+@pytest.mark.timeout(3600)  # the one attention of the VAE takes a CPU minutes at 4096 px
 @pytest.mark.parametrize("way", ["tiles", "one piece"])
 @pytest.mark.parametrize("side", [1024, 2048, 4096])
 def test_memory(side: int, way: str) -> None:

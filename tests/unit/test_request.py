@@ -14,6 +14,7 @@ from zcore.request import (
     METADATA_LIMIT_BYTES,
     PROMPT_LIMIT_CHARACTERS,
     SEED_BOUND,
+    Dype,
     GenerationDefaults,
     GenerationRequest,
     Pass,
@@ -65,6 +66,7 @@ WITHIN = {
     "guidance_scale": [0, 0.0, 4.5, 30],
     "cfg_normalization": [0, 1.0, 10],
     "cfg_truncation": [0, 0.5, 1],
+    "dype": [None, Dype(), Dype(method="ntk", scale=0, exponent=16, start_sigma=0.001, base_resolution=64)],
     "slg": [None, SkipLayerGuidance(), SkipLayerGuidance(scale=0, layers=(0, 199), start=0, stop=1)],
     "image": [None, UPLOAD, OUTPUT, "https://pictures.example/fox.png"],
     "mask": [None],
@@ -103,6 +105,17 @@ OUTSIDE = {
     "guidance_scale": [-0.1, 30.1, None, "4"],
     "cfg_normalization": [-1, 11, True],
     "cfg_truncation": [-0.1, 1.1, None],
+    "dype": [
+        True,
+        {"methods": "ntk"},
+        {"method": "pi"},
+        {"scale": -1},
+        {"exponent": 0},
+        {"start_sigma": 0},
+        {"start_sigma": 1.1},
+        {"base_resolution": 1000},
+        {"dynamic": 1},
+    ],
     "slg": [
         True,
         [],
@@ -374,6 +387,10 @@ def test_an_object_that_says_a_part_has_the_others_of_the_operator_and_a_passs_o
     request = parse_submission(body, GenerationDefaults(slg_parts=parts), LIMITS).request
     assert request.slg == msgspec.structs.replace(parts, scale=4.0)
     assert [one.slg for one in request.passes] == [msgspec.structs.replace(parts, scale=4.0, stop=1.0), None]
+    stretched = parse_submission(
+        {"prompt": "a fox", "dype": {"method": "ntk"}}, GenerationDefaults(dype_parts=Dype(base_resolution=128)), LIMITS
+    )
+    assert stretched.request.dype == Dype(method="ntk", base_resolution=128)
     enabled = GenerationDefaults(slg=parts, slg_parts=parts)
     assert parse_submission({"prompt": "a fox"}, enabled, LIMITS).request.slg == parts
     assert parse_submission({"prompt": "a fox", "slg": None}, enabled, LIMITS).request.slg is None

@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 SPELLED = {"prompt": "PROMPT", "image": "--img2img"}
 """Where a flag is not the field's own name."""
 
-SAID_AS_SETTINGS = ("tiled_vae", "slg")
+SAID_AS_SETTINGS = ("tiled_vae", "slg", "dype")
 """Fields that have flags as settings: what those say is the request's default."""
 
 PASS_PRESETS: dict[str, list[dict[str, float]]] = {

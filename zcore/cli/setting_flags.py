@@ -64,6 +64,10 @@ PAINTER = (
     SettingFlag(("--tiled-vae",), ("pytorch.tiled_vae",), "The VAE works in tiles even where memory would do."),
     SettingFlag(("--tile-size",), ("pytorch.tile_size",), "Side of a tile in pixels."),
     SettingFlag(("--tile-overlap",), ("pytorch.tile_overlap",), "Overlap of tiles in pixels."),
+    SettingFlag(("--dype",), ("dype.enabled",), "Dynamic position extrapolation, for pictures of 2K to 4K."),
+    SettingFlag(("--dype-method",), ("dype.method",), "How positions are extrapolated.", "dype.enabled"),
+    SettingFlag(("--dype-scale",), ("dype.dype_scale",), "How strongly.", "dype.enabled"),
+    SettingFlag(("--dype-exponent",), ("dype.dype_exponent",), "How fast that fades along the steps.", "dype.enabled"),
     SettingFlag(("--slg",), ("slg.enabled",), "Skip layer guidance, for better anatomy."),
     SettingFlag(("--slg-scale",), ("slg.scale",), "How strongly it guides.", "slg.enabled"),
     SettingFlag(("--slg-layers",), ("slg.layers",), "Which layers are skipped, as 7,8,9.", "slg.enabled"),
@@ -76,10 +80,6 @@ LATER_OF_ENCODER = (
 LATER = (
     *LATER_OF_ENCODER,
     SettingFlag(("--cpu-offload",), ("pytorch.cpu_offload",), "Only the network that computes is on the GPU."),
-    SettingFlag(("--dype",), ("dype.enabled",), "Dynamic position extrapolation, for pictures of 2K to 4K."),
-    SettingFlag(("--dype-method",), ("dype.method",), "How positions are extrapolated.", "dype.enabled"),
-    SettingFlag(("--dype-scale",), ("dype.dype_scale",), "How strongly.", "dype.enabled"),
-    SettingFlag(("--dype-exponent",), ("dype.dype_exponent",), "How fast that fades along the steps.", "dype.enabled"),
 )
 """Understood, and refused by `from_settings.refuse_what_is_not_built`. What is built moves up."""
 

@@ -67,7 +67,6 @@ def refuse_what_is_not_built(settings: Settings, spelled: Mapping[str, str] = {}
         "encoder.quantization": settings.encoder.quantization != "none",
         "pytorch.use_custom_scheduler": settings.pytorch.use_custom_scheduler,
         "pytorch.cpu_offload": settings.pytorch.cpu_offload,
-        "dype.enabled": settings.dype.enabled,
         "lora.paths": bool(settings.lora.paths),
     }
     for name, asked in wanted.items():

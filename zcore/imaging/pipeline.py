@@ -26,6 +26,7 @@ from zcore.imaging.input_picture import fitted, mask_fitted
 from zcore.imaging.model import loader
 from zcore.imaging.model.attention import choose_attention, load_attention
 from zcore.imaging.model.checkpoint import PAINTING, check_layers, encoder_family, locate, read_json, revision
+from zcore.imaging.model.dype import NOTICE, stretches
 from zcore.imaging.model.tiling import Tiling
 from zcore.imaging.model.transformer import Plan, VelocityModel
 from zcore.imaging.model.vae import PictureCoder
@@ -291,8 +292,14 @@ class ZImagePipeline:
         """A picture of a prompt that was encoded before, here or on another machine. `options` are those of a call."""
         return self(f"embedding {embeddings.prompt_sha256[:16]}", inputs=Inputs(embedding=embeddings), **options)
 
-    def describe(self) -> dict[str, str]:
-        """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host."""
+    def describe(self, request: GenerationRequest | None = None) -> dict[str, str]:
+        """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host.
+
+        For a request also what has to be said with its pictures: `dype_notice`, where that had a part in them.
+        """
+        passes = plan(request) if request else []
+        if any(one.dype and one.dype.dynamic and stretches(one.dype, one.width, one.height) for one in passes):
+            return {**self._description, "dype_notice": NOTICE}
         return dict(self._description)
 
     def cache_use(self) -> CacheUse:
@@ -367,11 +374,11 @@ class ZImagePipeline:
     def _velocity(self, embedding: PromptEmbedding, one: PlannedPass) -> Velocity:
         """Where latents want to go in this pass, guided where it is to be."""
         levels = list(one.levels)
-        positive = self._model.plan(embedding.embeds, one.size, levels)
+        positive = self._model.plan(embedding.embeds, one.size, levels, one.dype)
         negative = None
         if one.guidance.scale > 0:
             assert embedding.negative is not None, "a guided request has its negative prompt encoded"
-            negative = self._model.plan(embedding.negative, one.size, levels)
+            negative = self._model.plan(embedding.negative, one.size, levels, one.dype)
 
         def velocity(latents: Tensor, step: int) -> Tensor:
             wanted, skipped = self._positive(positive, latents, step, one)

@@ -66,6 +66,6 @@ class Painter:
         grey = Image.new("RGB", (request.width, request.height), (128, 128, 128))
         return Result([Picture(grey, request.seed_of(index), index) for index in range(request.n)])
 
-    def describe(self) -> dict[str, str]:
+    def describe(self, _request: GenerationRequest | None = None) -> dict[str, str]:
         """What it is."""
         return {"engine": "a painter for tests"}

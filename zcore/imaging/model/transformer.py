@@ -5,8 +5,9 @@ runs one forward a step by it. Hides the network's conventions: patches, padding
 arithmetic. Keeps nothing between calls. Does not know the schedule's formula and the sampler.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import cast
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zcore.imaging.geometry import PATCH_LATENTS, LatentSize, padded
+from zcore.imaging.geometry import PATCH_LATENTS, SIDE_MULTIPLE_PX, LatentSize, padded
 from zcore.imaging.model.attention import Attend, sdpa
 from zcore.imaging.model.compilation import compiled, compiled_skipping
+from zcore.imaging.model.dype import AxisTurn, axis_turns, stretches
 from zcore.imaging.model.forward import (
     Conditions,
     Modulation,
@@ -27,15 +29,19 @@ from zcore.imaging.model.forward import (
     refine_caption,
 )
 from zcore.imaging.model.rope import Rotary, caption_places, frequencies, picture_places, rotary
+from zcore.request import Dype
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture to be painted: embeddings of its prompt (L, hidden), its size, and noise levels from first to 0."""
+    """A picture to be painted: embeddings of its prompt (L, hidden), its size, noise levels from first to 0, and how
+    its positions are stretched, if they are.
+    """
 
     prompt_embeds: Tensor
     size: LatentSize
     sigmas: Sequence[float]
+    dype: Dype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,7 @@ class Plan:
     size: LatentSize
     caption: Tensor  # (1, P, D), refined
     is_padding: Tensor  # (1, N, 1), boolean
-    rotary: Sequence[Rotary]  # (1, N + P, head_dim): one for all steps, or one a step
+    rotary: Sequence[Callable[[], Rotary]]  # (1, N + P, head_dim): one for all steps, or one a step
     modulations: Sequence[Modulation]  # one a step
 
     @property
@@ -60,7 +66,7 @@ class Plan:
 
     def rotary_at(self, step: int) -> Rotary:
         """The table that turns queries and keys in this step."""
-        return self.rotary[step if len(self.rotary) > 1 else 0]
+        return self.rotary[step if len(self.rotary) > 1 else 0]()
 
 
 class VelocityModel:
@@ -91,12 +97,12 @@ class VelocityModel:
         self.prompt_width = int(self._weights.config.cap_feat_dim)
         """Numbers a token of an embedding: 2560."""
 
-    def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: Sequence[float]) -> Plan:
+    def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: Sequence[float], dype: Dype | None = None) -> Plan:
         """Everything about a picture that is known before its first step; `prompt_embeds` is (L, hidden).
 
         The last of `sigmas` is where the picture ends, and has no step.
         """
-        (plan,) = self.plans([Sample(prompt_embeds, size, sigmas)])
+        (plan,) = self.plans([Sample(prompt_embeds, size, sigmas, dype)])
         return plan
 
     def plans(self, samples: Sequence[Sample]) -> list[Plan]:
@@ -113,7 +119,7 @@ class VelocityModel:
                 size=sample.size,
                 caption=caption,
                 is_padding=self._is_padding(sample.size),
-                rotary=(self._rotary(sample.size, caption.shape[1]),),
+                rotary=self._rotary(sample, caption.shape[1]),
                 modulations=[
                     Modulation(modulation.blocks[:, :, row : row + 1], modulation.final[row : row + 1])
                     for modulation in modulations[: len(sample.sigmas) - 1]
@@ -180,12 +186,28 @@ class VelocityModel:
         count = _tokens(size)
         return (torch.arange(padded(count), device=self._device) >= count)[None, :, None]
 
-    def _rotary(self, size: LatentSize, caption_length: int) -> Rotary:
-        rows, columns = size.height // PATCH_LATENTS, size.width // PATCH_LATENTS
+    def _rotary(self, sample: Sample, caption_length: int) -> Sequence[Callable[[], Rotary]]:
+        """Where positions are stretched, the table of a step is made when it is used: at 4096 px it takes 67 MB."""
+        rows, columns = sample.size.height // PATCH_LATENTS, sample.size.width // PATCH_LATENTS
         picture = picture_places(caption_length + 1, rows, columns, padded(rows * columns))
         places = torch.cat((picture, caption_places(caption_length)))
-        table = rotary(places, self._frequencies, self._device)
-        return Rotary(table.cos[None], table.sin[None])
+        if sample.dype is None or not stretches(sample.dype, columns * SIDE_MULTIPLE_PX, rows * SIDE_MULTIPLE_PX):
+            table = _batched(rotary(places, self._frequencies, self._device))
+            return [lambda: table]
+        config = self._weights.config
+        turns = [
+            axis_turns(sample.dype, config.rope_theta, config.axes_dims, (rows, columns), sigma)
+            for sigma in sample.sigmas[:-1]
+        ]
+        return [partial(self._turned, places, one) for one in turns]
+
+    def _turned(self, places: Tensor, turns: Sequence[AxisTurn]) -> Rotary:
+        frequencies, amplitudes = [one.frequencies for one in turns], [one.amplitude for one in turns]
+        return _batched(rotary(places, frequencies, self._device, amplitudes))
+
+
+def _batched(table: Rotary) -> Rotary:
+    return Rotary(table.cos[None], table.sin[None])
 
 
 def conditions_of(plans: Sequence[Plan], steps: Sequence[int]) -> Conditions:
