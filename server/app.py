@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from litestar import Litestar, Request
+from litestar import Litestar, Request, Router
 from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
@@ -18,8 +18,9 @@ from litestar.types import ControllerRouterHandler
 from server.auth import Callers
 from server.limits import PromptLimit
 from server.pages import admin_routes, answer_people, template_config
+from server.playground import playground
 from server.problems import EXCEPTION_HANDLERS
-from server.routes import files, health, jobs
+from server.routes import files, health, inputs, jobs, prompts, sizes
 from server.watch import Watch
 from zcore.broker import Doorbell, make_app
 from zcore.errors import StorageError
@@ -38,6 +39,10 @@ ROUTES: list[ControllerRouterHandler] = [
     jobs.get_job,
     jobs.cancel_job,
     jobs.get_output,
+    prompts.list_templates,
+    prompts.get_template,
+    prompts.format_prompt,
+    sizes.list_sizes,
     files.file,
 ]
 
@@ -74,11 +79,16 @@ def create_app(settings: Settings) -> Litestar:
         "database": database,
         "storage": storage,
         "doorbell": doorbell,
-        "prompt_limit": PromptLimit.load(settings.templates_path, settings.model_location),
+        "prompt_limit": PromptLimit.load(settings.templates_paths, settings.model_location),
         "watch": watch,
     }
     return Litestar(
-        [*ROUTES, *admin_routes(keys.admin, settings.public_url)],
+        [
+            *ROUTES,
+            playground,
+            Router("/", route_handlers=[inputs.upload], request_max_body_size=settings.limits.max_input_bytes),
+            *admin_routes(keys.admin, settings.public_url),
+        ],
         dependencies={
             **{name: _same(part) for name, part in parts.items()},
             "owner": Provide(owner, sync_to_thread=False),

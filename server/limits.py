@@ -1,33 +1,64 @@
-"""What a submission has to satisfy beyond its own bounds: its template exists, and its prompt fits the model.
+"""What a submission has to satisfy beyond its own bounds: its template exists, and its prompt can be made to fit.
 
 Takes the templates and, where the checkpoint lies on this host, its tokenizer; without one the prompt is bounded in
 characters by `zcore.request`, and the worker counts. Needs no torch. Does not know the database.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from zcore.imaging.text.formatter import format_request
+from zcore.errors import PromptTooLong
+from zcore.imaging.text.formatter import FormattedPrompt, format_negative, format_request
 from zcore.imaging.text.templates import TemplateLibrary
 from zcore.imaging.text.token_count import TokenCounter
 from zcore.request import GenerationRequest
 
 
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A prompt in its layout. The counts are None where the tokenizer is not at hand.
+
+    `kept_tokens`, what is left for the transformer, is None too where the request would be refused.
+    """
+
+    prompt: FormattedPrompt
+    tokens: int | None = None
+    limit: int | None = None
+    kept_tokens: int | None = None
+
+
 class PromptLimit:
-    """Checks prompts as the worker will read them."""
+    """Lays prompts out and checks them as the worker will read them."""
 
     def __init__(self, templates: TemplateLibrary, counter: TokenCounter | None) -> None:
-        self._templates = templates
+        self.templates = templates
         self._counter = counter
 
     @classmethod
-    def load(cls, templates_path: Path, model_location: str) -> "PromptLimit":
+    def load(cls, templates_paths: Sequence[Path], model_location: str) -> "PromptLimit":
         """Templates are needed; a tokenizer is used where the model is a folder on this host."""
         folder = Path(model_location)
         counter = TokenCounter.load(folder) if folder.is_dir() else None
-        return cls(TemplateLibrary.load(templates_path), counter)
+        return cls(TemplateLibrary.load(*templates_paths), counter)
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises `InvalidRequest` on `template` and `PromptTooLong` on `prompt`."""
-        formatted = format_request(request, self._templates)
-        if self._counter is not None:
-            self._counter.check(formatted)
+        """Raises `InvalidRequest` on `template`, and `PromptTooLong` where `long_prompt_mode` cannot make it fit."""
+        formatted = format_request(request, self.templates)
+        if self._counter is None:
+            return
+        self._counter.tokens(formatted, request.long_prompt_mode)
+        if request.is_guided:
+            self._counter.tokens(format_negative(request), request.long_prompt_mode, field="negative_prompt")
+
+    def lay_out(self, request: GenerationRequest) -> LaidOut:
+        """The prompt as it will be read, however long. Raises `InvalidRequest` on `template`."""
+        prompt = format_request(request, self.templates)
+        if self._counter is None:
+            return LaidOut(prompt)
+        count, limit = self._counter.count(prompt), self._counter.limit
+        try:
+            self._counter.tokens(prompt, request.long_prompt_mode)
+        except PromptTooLong:
+            return LaidOut(prompt, count, limit)
+        return LaidOut(prompt, count, limit, kept_tokens=min(count, limit))

@@ -1,8 +1,9 @@
 """The admin: sign in, look through the jobs, open one, cancel it, retry it, tell its webhook again.
 
 Takes forms and addresses below `/admin`; gives pages rendered from `templates/pages/`, which need no JavaScript, and
-answers every form with a redirect. `admin_routes`, `template_config` and `answer_people` are what `app` wires. What may
-happen to a job is decided in `zcore.jobs`; who may look is decided in `sessions`.
+answers every form with a redirect. `admin_routes`, `template_config` and `answer_people` are what `app` wires; the
+assets and `page_headers` serve the playground too. What may happen to a job is decided in `zcore.jobs`; who may look is
+decided in `sessions`.
 """
 
 import hashlib
@@ -46,11 +47,12 @@ from zcore.jobs.queries import COUNTED_AT_MOST, JobFilter
 from zcore.jobs.states import TERMINAL, State
 from zcore.request import GenerationRequest
 from zcore.settings import TREE
+from zcore.stages import Stage
 from zcore.storage import Storage
 
 PAGES_PATH = TREE / "templates" / "pages"
 ASSETS_PATH = PAGES_PATH / "assets"
-ASSETS = ("style.css", "icon.svg")
+ASSETS = ("style.css", "icon.svg", "playground.css", "playground.js")
 JOBS_ON_A_PAGE = 30
 REFRESH_S = 3
 METRICS = ("queue_ms", "encode_ms", "denoise_ms", "decode_ms", "upload_ms", "total_ms")
@@ -97,9 +99,29 @@ def answer_people(
     return {kind: _as_page(handler) for kind, handler in handlers.items()}
 
 
+def page_headers(pictures: Sequence[str], *, scripted: bool = False) -> dict[str, str]:
+    """Nothing is framed, nothing is fetched but our own style and what stands where the pictures do, and nothing runs.
+
+    On a `scripted` page our own script does: it calls this server alone, and shows files that its reader chose.
+    """
+    parts = [urlsplit(link) for link in pictures]
+    own = ["'self'", "blob:"] if scripted else ["'self'"]
+    images = " ".join([*own, *sorted({f"{part.scheme}://{part.netloc}" for part in parts})])
+    policy = (
+        f"default-src 'none'; style-src 'self'; img-src {images}; form-action 'self'; "
+        "frame-ancestors 'none'; base-uri 'none'"
+    )
+    return {
+        "content-security-policy": f"{policy}; script-src 'self'; connect-src 'self'" if scripted else policy,
+        "cache-control": "no-store",
+        "referrer-policy": "same-origin",
+        "x-content-type-options": "nosniff",
+    }
+
+
 @get(f"{ADMIN_PATH}/assets/{{name:str}}", include_in_schema=False, sync_to_thread=False)
 def asset(name: FromPath[str]) -> File:
-    """The pages' style and icon. Their addresses hold their version, so browsers may keep them."""
+    """The pages' styles, script and icon. Their addresses hold their version, so browsers may keep them."""
     if name not in ASSETS:
         raise NotFound(f"there is no asset {name}")
     headers = {"cache-control": "public, max-age=31536000, immutable", "x-content-type-options": "nosniff"}
@@ -241,11 +263,11 @@ def retry(
     found = _job_id(job_id)
     try:
         with database.write() as transaction:
-            lifecycle.retry(transaction, found, settings.jobs.max_attempts)
+            job = lifecycle.retry(transaction, found, settings.jobs.max_attempts, settings.jobs.first_stage)
     except Conflict as conflict:
         notify(request, f"Nothing was changed: {conflict.message}.", refused=True)
     else:
-        doorbell.announce()
+        doorbell.announce(Stage(job.stage))
         notify(request, "The job is back in the queue.")
     return _to_job(found)
 
@@ -282,7 +304,7 @@ def _as_page(handler: Callable[[AnyRequest, Any], Response[dict[str, Any]]]) -> 
         if request.url.path != ADMIN_PATH and not request.url.path.startswith(f"{ADMIN_PATH}/"):
             return problem
         context = {"title": problem.content["title"], "detail": problem.content["detail"]}
-        headers = _page_headers(()) | problem.headers
+        headers = page_headers(()) | problem.headers
         return Template("error.html", context=context, status_code=problem.content["status"], headers=headers)
 
     return answer
@@ -298,24 +320,8 @@ def _page(
     headers: Mapping[str, str] | None = None,
 ) -> Template:
     shared = {"form_token": form_token(request), "notice": take_notice(request)}
-    all_headers = {**_page_headers(pictures), **(headers or {})}
+    all_headers = {**page_headers(pictures), **(headers or {})}
     return Template(template, context={**context, **shared}, status_code=status_code, headers=all_headers)
-
-
-def _page_headers(pictures: Sequence[str]) -> dict[str, str]:
-    """Nothing runs, nothing is framed, nothing is fetched but our own style and what stands where the pictures do."""
-    parts = [urlsplit(link) for link in pictures]
-    images = " ".join(["'self'", *sorted({f"{part.scheme}://{part.netloc}" for part in parts})])
-    policy = (
-        f"default-src 'none'; style-src 'self'; img-src {images}; form-action 'self'; "
-        "frame-ancestors 'none'; base-uri 'none'"
-    )
-    return {
-        "content-security-policy": policy,
-        "cache-control": "no-store",
-        "referrer-policy": "same-origin",
-        "x-content-type-options": "nosniff",
-    }
 
 
 def _pictures(job: Job, storage: Storage) -> list[str]:

@@ -10,8 +10,10 @@ from typing import Any, cast
 
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi.datastructures import ResponseSpec
 from sqlalchemy import exc as database_errors
 
+from server.schemas import Problem
 from zcore import errors
 from zcore.errors import FieldError, InvalidRequest, ZImageError
 from zcore.telemetry import log
@@ -37,6 +39,11 @@ CODES = {
 }
 DATABASE_BACK_S = 5
 AnyRequest = Request[Any, Any, Any]
+
+
+def refusal(description: str) -> ResponseSpec:
+    """How a route's description declares an answer in problem+json."""
+    return ResponseSpec(Problem, description=description, media_type=MEDIA_TYPE)
 
 
 def problem_of(request: AnyRequest, fault: ZImageError) -> Response[dict[str, Any]]:

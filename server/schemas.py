@@ -1,12 +1,13 @@
 """What the API says of itself beyond the job: shapes of answers, and the request's schema and examples for OpenAPI."""
 
-from typing import Any
+from datetime import datetime
+from typing import Any, cast
 
 import msgspec
 from litestar.openapi.spec import Example
 
 from zcore.jobs.resource import JobResource
-from zcore.request import Delivery, GenerationRequest
+from zcore.request import Delivery, GenerationDefaults, GenerationRequest
 
 
 class JobPage(msgspec.Struct, frozen=True):
@@ -15,6 +16,20 @@ class JobPage(msgspec.Struct, frozen=True):
     jobs: list[JobResource]
     next_cursor: str | None
     next: str | None
+
+
+class UploadedInput(msgspec.Struct, frozen=True):
+    """An uploaded picture. `id` is what `image` and `mask` of a submission take until `expires_at`.
+
+    Width and height are pixels of the upright picture, `bytes` those of the file.
+    """
+
+    id: str
+    width: int
+    height: int
+    format: str
+    bytes: int
+    expires_at: datetime
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -37,16 +52,108 @@ class Problem(msgspec.Struct, frozen=True):
     errors: list[dict[str, str]] = []
 
 
+class TemplateEntry(msgspec.Struct, frozen=True):
+    """A template by name."""
+
+    name: str
+    category: str
+    description: str
+
+
+class TemplateList(msgspec.Struct, frozen=True):
+    """Templates, sorted by category and name."""
+
+    templates: list[TemplateEntry]
+
+
+class TemplateText(msgspec.Struct, frozen=True):
+    """A whole template; its fields are named as those of a request that take their place."""
+
+    name: str
+    category: str
+    description: str
+    system_prompt: str
+    thinking_content: str
+    assistant_content: str
+    force_think_block: bool
+
+
+class FormattedPromptAnswer(msgspec.Struct, frozen=True):
+    """A prompt in its layout. `kept_tokens` is what is left of `tokens` for the transformer, by `long_prompt_mode`; null
+    where a submission would be refused as `prompt_too_long`.
+    """
+
+    formatted: str
+    tokens: int | None
+    limit: int | None
+    kept_tokens: int | None
+    long_prompt_mode: str
+
+
+class NamedSize(msgspec.Struct, frozen=True):
+    """A size with what it may be called; pixels."""
+
+    name: str
+    ratio: str
+    width: int
+    height: int
+
+
+class SizePair(msgspec.Struct, frozen=True):
+    """Pixels."""
+
+    width: int
+    height: int
+
+
+class SidesBounds(msgspec.Struct, frozen=True):
+    """What is refused: sides outside the bounds or no multiple, and more pixels than the operator paints."""
+
+    smallest_side_px: int
+    largest_side_px: int
+    multiple_px: int
+    max_pixels: int
+
+
+class SizeList(msgspec.Struct, frozen=True):
+    """Sizes by name at the operator's usual resolution, and the bounds of any."""
+
+    presets: list[NamedSize]
+    ratios: list[NamedSize]
+    resolutions: list[int]
+    default: SizePair
+    limits: SidesBounds
+
+
 def submission_schema() -> dict[str, Any]:
     """Fields and bounds of `POST /api/generate`, read off the structs that check them."""
-    properties: dict[str, Any] = {}
-    for shape in (GenerationRequest, Delivery):
-        properties |= msgspec.json.schema(shape)["$defs"][shape.__name__]["properties"]
-    del properties["version"]
+    schema = prompt_schema(GenerationRequest, Delivery)
     # Decided by the operator's settings, or at random: the struct's own defaults would mislead.
-    for name in ("width", "height", "steps", "shift", "seed"):
-        properties[name].pop("default", None)
-    return {"properties": properties, "required": ["prompt"], "title": "Submission"}
+    for name in {"seed", *GenerationDefaults.__struct_fields__} & schema["properties"].keys():
+        schema["properties"][name].pop("default", None)
+    return {**schema, "title": "Submission"}
+
+
+def prompt_schema(*shapes: type[msgspec.Struct]) -> dict[str, Any]:
+    """Fields and bounds of a body that these structs make together; what they hold stands inside them."""
+    properties: dict[str, Any] = {}
+    for shape in shapes:
+        definitions = msgspec.json.schema(shape)["$defs"]
+        properties |= _inlined(definitions[shape.__name__]["properties"], definitions)
+    del properties["version"]
+    return {"properties": properties, "required": ["prompt"]}
+
+
+def _inlined(part: Any, definitions: dict[str, Any]) -> Any:
+    """The same schema without references, which in OpenAPI would lead nowhere."""
+    if isinstance(part, list):
+        return [_inlined(entry, definitions) for entry in cast(list[Any], part)]
+    if not isinstance(part, dict):
+        return part
+    entries = cast(dict[str, Any], part)
+    if "$ref" in entries:
+        return _inlined(definitions[entries["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inlined(value, definitions) for name, value in entries.items()}
 
 
 SUBMISSION_EXAMPLES = [

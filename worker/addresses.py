@@ -1,4 +1,4 @@
-"""Which addresses this service may post to: a server that follows its callers' URLs must not reach its own network.
+"""Which addresses this service may reach: a server that follows its callers' URLs must not reach its own network.
 
 Takes a URL; gives the addresses to connect to, resolved once, so that what was checked is what is used. Does not
 connect.
@@ -18,6 +18,10 @@ class ForbiddenAddress(Exception):
     """The URL leads where this service must not go, or nowhere."""
 
 
+class UnknownHost(ForbiddenAddress):
+    """The URL's name has no address, or none that can be found now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where to connect (`urls`, each with an address in place of the name, the best first) and what the name was."""
@@ -32,7 +36,7 @@ def resolve(url: str, allow_private: bool) -> Target:
 
     Without `allow_private` only https is allowed, and loopback, private, link-local (so the metadata services of
     clouds), multicast and reserved addresses are refused, also where only one of several answers is such.
-    Raises `ForbiddenAddress`.
+    Raises `ForbiddenAddress`, and `UnknownHost` of it where there is no address.
     """
     parts = urlsplit(url)
     if parts.scheme != "https" and not allow_private:
@@ -42,7 +46,7 @@ def resolve(url: str, allow_private: bool) -> Target:
         host = (parts.hostname or "").encode("idna").decode("ascii")
         answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as fault:
-        raise ForbiddenAddress(f"{parts.hostname} does not resolve") from fault
+        raise UnknownHost(f"{parts.hostname} does not resolve") from fault
     addresses = [ipaddress.ip_address(str(answer[4][0]).partition("%")[0]) for answer in answers]
     if not allow_private:
         for address in addresses:

@@ -1,8 +1,9 @@
 """The worker's only wiring: settings in, threads and the Celery worker out.
 
-`run_worker` is one process per device: a pool of one thread, in which a ring of the doorbell drains the queue. Threads,
-not children: a fork after torch has computed hangs, and a stop flag or a life sign needs no second process. A worker
-that crashes is started again by whatever runs it (compose, systemd, `make run`); its job is rescued by lease.
+`run_worker` is one process per device: a pool of one thread, in which a ring of the doorbell drains the queues of its
+stages. Threads, not children: a fork after torch has computed hangs, and a stop flag or a life sign needs no second
+process. A worker that crashes is started again by whatever runs it (compose, systemd, `make run`); its job is rescued
+by lease.
 `run_upkeep` is the clock and the webhooks alone, for a host without a GPU.
 """
 
@@ -23,17 +24,22 @@ from sqlalchemy import inspect
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.deliver import Deliverer
+from worker.encode import Encoder
 from worker.generate import Generator
+from worker.gpu import load_pipeline, read_embedding, write_embedding
+from worker.inputs import InputSource
+from worker.loop import JobLoop, Workplace
 from worker.presence import Presence
 from worker.shutdown import Shutdown
 from worker.upkeep import Upkeep
-from zcore.broker import DRAIN_TASK, GENERATE_QUEUE, Doorbell, make_app
+from zcore.broker import DRAIN_TASK, Doorbell, make_app, queue_of
 from zcore.errors import StorageError, ZImageError
-from zcore.imaging.from_settings import load_pipeline
+from zcore.imaging.from_settings import load_encoder
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job
 from zcore.keys import load_keys
 from zcore.settings import Settings, load_settings, overrides_from_arguments
+from zcore.stages import Stage
 from zcore.storage import Storage, open_storage
 from zcore.telemetry import configure_logging, log
 
@@ -56,7 +62,7 @@ class _Parts:
 
 
 def run_worker(arguments: Sequence[str]) -> None:
-    """A GPU worker until SIGTERM or Ctrl-C; `arguments` are settings as `name=value`.
+    """A worker of the stages in the settings until SIGTERM or Ctrl-C; `arguments` are settings as `name=value`.
 
     Waits for a database and a storage that do not answer yet; ends with status 2 and one line for what no waiting
     mends.
@@ -64,24 +70,15 @@ def run_worker(arguments: Sequence[str]) -> None:
     parts = _assemble("worker", arguments)
     settings = parts.settings
     _wait_for_services(parts)
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    stages = settings.worker.stages
     try:
-        pipeline = load_pipeline(settings)
+        loop = _open_loop(parts, name)
     except ZImageError as fault:
         _refuse(fault)
-    name = f"{socket.gethostname()}:{os.getpid()}"
-    presence = Presence(parts.database, name, settings.model_location, settings.pipeline.device, parts.shutdown)
-    generator = Generator(
-        pipeline,
-        parts.database,
-        parts.storage,
-        settings.jobs,
-        settings.worker,
-        name=name,
-        shutdown=parts.shutdown,
-        on_ended=parts.deliverer.wake,
-        on_broken=lambda: os.kill(os.getpid(), signal.SIGTERM),
-    )
-    parts.app.task(name=DRAIN_TASK)(generator.drain)
+    device = settings.pipeline.device if Stage.GENERATE in stages else settings.encoder.device
+    presence = Presence(parts.database, name, settings.model_location, device, stages, parts.shutdown)
+    parts.app.task(name=DRAIN_TASK)(loop.drain)
 
     def begin_shutdown(**_: Any) -> None:
         log.info("worker.leaving")
@@ -92,17 +89,18 @@ def run_worker(arguments: Sequence[str]) -> None:
     if settings.worker.upkeep:
         parts.deliverer.start()
         parts.upkeep.start()
-    parts.doorbell.announce()  # jobs may have waited for a worker to start
-    log.info("worker.ready", model=settings.model_location)
+    for stage in stages:
+        parts.doorbell.announce(stage)  # jobs may have waited for a worker to start
+    log.info("worker.ready", model=settings.model_location, stages=stages)
     try:
-        parts.app.worker_main(_celery_arguments())
+        parts.app.worker_main(_celery_arguments(stages))
     finally:
         parts.shutdown.begin()
-        generator.finish()
+        loop.finish()
         presence.stop()
         _stop(parts, with_clock=settings.worker.upkeep)
-        if generator.is_broken:
-            print("worker: this process can no longer paint; a new one is needed", file=sys.stderr)
+        if loop.is_broken:
+            print("worker: this process can no longer work; a new one is needed", file=sys.stderr)
             raise SystemExit(BROKEN_STATUS)
 
 
@@ -144,6 +142,26 @@ def _assemble(process: str, arguments: Sequence[str]) -> _Parts:
     return _Parts(settings, shutdown, database, storage, app, doorbell, deliverer, upkeep)
 
 
+def _open_loop(parts: _Parts, name: str) -> JobLoop:
+    """Loads what the stages need. Who serves both does whole jobs."""
+    settings = parts.settings
+    workplace = Workplace(
+        parts.database,
+        parts.storage,
+        settings.jobs,
+        settings.worker,
+        name=name,
+        shutdown=parts.shutdown,
+        announce=parts.doorbell.announce,
+        on_ended=parts.deliverer.wake,
+        on_broken=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    if Stage.GENERATE in settings.worker.stages:
+        inputs = InputSource(parts.database, parts.storage, settings.webhooks, settings.limits.max_input_bytes)
+        return Generator(load_pipeline(settings), read_embedding, inputs, workplace)
+    return Encoder(load_encoder(settings), write_embedding, workplace)
+
+
 def _wait_for_services(parts: _Parts) -> None:
     """Returns when storage and a migrated database answer: after a power cut everything starts at once, in any order,
     and a worker that gave up would load its model again and again.
@@ -179,7 +197,7 @@ def _stop(parts: _Parts, with_clock: bool) -> None:
     log.info("worker.ended")
 
 
-def _celery_arguments() -> list[str]:
+def _celery_arguments(stages: Sequence[Stage]) -> list[str]:
     quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat", "--loglevel=WARNING"]
     name = f"zimage-{os.getpid()}@%h"
     return [
@@ -187,7 +205,7 @@ def _celery_arguments() -> list[str]:
         "worker",
         "--pool=threads",
         "--concurrency=1",
-        f"--queues={GENERATE_QUEUE}",
+        f"--queues={','.join(map(queue_of, stages))}",
         f"--hostname={name}",
         *quiet,
     ]

@@ -13,7 +13,7 @@ import hmac
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker.addresses import ForbiddenAddress, Target, resolve
+from worker.outbound import Outbound
 from worker.shutdown import Shutdown
 from zcore.jobs import webhooks
 from zcore.jobs.database import Database
@@ -68,7 +69,7 @@ class Deliverer:
         self._woken = threading.Event()
         self._free = threading.Semaphore(settings.concurrency)
         self._pool = ThreadPoolExecutor(max_workers=settings.concurrency, thread_name_prefix="deliver")
-        self._tls = httpx.create_ssl_context(trust_env=False)
+        self._outbound = Outbound()
         self._thread = threading.Thread(target=self._run, name="deliverer", daemon=True)
 
     def start(self) -> None:
@@ -144,27 +145,13 @@ class Deliverer:
         return AttemptOutcome(delivered, answer.status_code, answer.text, duration_ms, retry_in_s)
 
     async def _post(self, webhook: DueWebhook, target: Target, body: bytes) -> "_Answer":
-        """Asynchronous only for its deadline: a receiver that sends a byte now and then never meets a socket's timeout.
-
-        A client of its own each time: kept connections would be shared by hosts behind one address.
-        """
         headers = {
-            "host": target.host_header,
             "content-type": "application/json",
-            "accept-encoding": "identity",
             "user-agent": "zimage-webhooks/1",
             **sign(self._secret, str(webhook.id), int(time.time()), body),
         }
-        extensions = {"sni_hostname": target.host}
-        async with httpx.AsyncClient(verify=self._tls, timeout=None, follow_redirects=False, trust_env=False) as client:
-            async with asyncio.timeout(self._settings.timeout_s):
-                requests = [
-                    client.build_request("POST", url, content=body, headers=headers, extensions=extensions)
-                    for url in target.urls
-                ]
-                response = await _first_reached(client, requests)
+        async with self._outbound.answer("POST", target, headers, self._settings.timeout_s, body) as response:
             text = await _beginning_of(response)
-            await response.aclose()
             return _Answer(response.status_code, text, response.headers.get("retry-after"))
 
     def _body(self, webhook: DueWebhook) -> bytes:
@@ -174,14 +161,6 @@ class Deliverer:
         if len(prompt) > PROMPT_TOLD_CHARACTERS:
             job = msgspec.structs.replace(job, request={**job.request, "prompt": f"{prompt[:PROMPT_TOLD_CHARACTERS]}…"})
         return msgspec.json.encode({"type": webhook.type, "timestamp": webhook.created_at, "data": job})
-
-
-async def _first_reached(client: httpx.AsyncClient, requests: Sequence[httpx.Request]) -> httpx.Response:
-    """The answer of the first address that takes a connection, its body not yet read."""
-    for request in requests[:-1]:
-        with contextlib.suppress(httpx.ConnectError):
-            return await client.send(request, stream=True)
-    return await client.send(requests[-1], stream=True)
 
 
 async def _beginning_of(response: httpx.Response) -> str:

@@ -10,14 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zcore.imaging.pipeline import Inputs, ZImagePipeline
+    from zcore.imaging.inputs import Inputs
+    from zcore.imaging.pipeline import ZImagePipeline
     from zcore.imaging.prompt_encoder import PromptEncoder
     from zcore.imaging.text.embedding_file import PromptEmbedding
 
 __all__ = ["Inputs", "PromptEmbedding", "PromptEncoder", "ZImagePipeline"]
 
 _HOMES = {
-    "Inputs": "zcore.imaging.pipeline",
+    "Inputs": "zcore.imaging.inputs",
     "PromptEmbedding": "zcore.imaging.text.embedding_file",
     "PromptEncoder": "zcore.imaging.prompt_encoder",
     "ZImagePipeline": "zcore.imaging.pipeline",

@@ -1,8 +1,8 @@
 """The doorbell: a Celery app that both processes agree on, and a thread that rings it.
 
 Takes the broker's settings; gives the app, the names on it, and `Doorbell`. A ring carries nothing that the database
-does not know better: it only wakes a worker, which then claims what is due. Lost, doubled and late rings are harmless.
-Contains no task code.
+does not know better: it only wakes a worker of the stage it is for, which then claims what is due. Lost, doubled and
+late rings are harmless. Contains no task code.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from typing import Any
 from celery import Celery
 
 from zcore.settings import Settings
+from zcore.stages import Stage
 from zcore.telemetry import log
 
-GENERATE_QUEUE = "zimage.generate"
 DRAIN_TASK = "zimage.drain"
 # A ring that nobody heard for this long is worth nothing: the clock rings again for jobs that still wait.
 RING_LIFE_S = 60
@@ -29,6 +29,11 @@ REDIS_OPTIONS: dict[str, Any] = {
     "health_check_interval": 25,
     "global_keyprefix": "zimage:",
 }
+
+
+def queue_of(stage: Stage) -> str:
+    """The queue in which the rings for one stage wait."""
+    return f"zimage.{stage}"
 
 
 def make_app(settings: Settings) -> Celery:
@@ -44,7 +49,7 @@ def make_app(settings: Settings) -> Celery:
         # A worker waits for its broker as long as it takes; the database lets no job be lost meanwhile.
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        task_default_queue=GENERATE_QUEUE,
+        task_default_queue=queue_of(Stage.GENERATE),
         task_ignore_result=True,
         # Acknowledged when taken: who works on what is the database's business, and a lost ring is rung again.
         task_acks_late=False,
@@ -60,29 +65,29 @@ class Doorbell:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._pending: queue.Queue[bool] = queue.Queue(maxsize=PENDING_RINGS)
+        self._pending: queue.Queue[Stage | None] = queue.Queue(maxsize=PENDING_RINGS)
         self._thread = threading.Thread(target=self._ring_on, name="doorbell", daemon=True)
         self._thread.start()
 
-    def announce(self) -> None:
-        """Wakes one worker, soon. Never blocks, never raises: with many rings pending one more adds nothing."""
+    def announce(self, stage: Stage) -> None:
+        """Wakes one worker of `stage`, soon. Never blocks, never raises: one more ring than many adds nothing."""
         with contextlib.suppress(queue.Full):
-            self._pending.put_nowait(True)
+            self._pending.put_nowait(stage)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Rings what is pending and ends the thread; with a broker that does not answer, gives up after a while."""
         try:
-            self._pending.put(False, timeout=timeout_s)
+            self._pending.put(None, timeout=timeout_s)
         except queue.Full:
             return
         self._thread.join(timeout_s)
 
     def _ring_on(self) -> None:
-        while self._pending.get():
+        while (stage := self._pending.get()) is not None:
             try:
                 self._app.send_task(
                     DRAIN_TASK,
-                    queue=GENERATE_QUEUE,
+                    queue=queue_of(stage),
                     expires=RING_LIFE_S,
                     retry_policy={"max_retries": 1, "interval_start": 0.1},
                 )

@@ -12,6 +12,8 @@
     ├── Unauthorized              no key, or a wrong one
     ├── InvalidLink               a signed link is tampered with or too old
     ├── CheckpointError           the model cannot be loaded as configured
+    ├── EmbeddingLost             a job's stored embedding is not there, or does not fit
+    ├── InputUnavailable          what the request starts from cannot be had
     ├── OutOfMemory               the accelerator's memory did not suffice
     ├── StorageError              the object store did not take or give an object
     └── Interruption              a running generation was asked to stop; says how, not a fault
@@ -33,7 +35,7 @@ class ZImageError(Exception):
     """
 
     code: ClassVar[str] = "internal_error"
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -121,6 +123,26 @@ class CheckpointError(ZImageError):
     """The model cannot be loaded as configured: the folder, a file in it, or the device is not what it has to be."""
 
     code = "model_unavailable"
+
+
+class EmbeddingLost(ZImageError):
+    """The embedding that another worker stored for a job is not in storage, or is not one of this model."""
+
+    code = "embedding_lost"
+    retryable = True
+
+
+class InputUnavailable(ZImageError):
+    """What the request starts from cannot be had: an upload or a picture is gone, or a server does not give it.
+
+    `field` is `image` or `mask`. Each says by itself whether it may be had later.
+    """
+
+    code = "input_unavailable"
+
+    def __init__(self, field: str, detail: str, *, retryable: bool = False) -> None:
+        super().__init__(f"{field}: {detail}")
+        self.retryable = retryable
 
 
 class OutOfMemory(ZImageError):

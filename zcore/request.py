@@ -244,6 +244,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     format: Annotated[OutputFormat, Meta(description="Of the stored files; each holds its parameters.")] = "png"
     quality: Annotated[int, Meta(ge=1, le=100, description="Of JPEG, WebP and AVIF; PNG is without loss.")] = 90
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether any pass is guided, and so needs the negative prompt too."""
+        return self.guidance_scale > 0 or any(one.guidance_scale for one in self.passes)
+
     def seed_of(self, index: int) -> int:
         """The seed of picture `index` (from 0) of this request; wraps at 2^63."""
         return (self.seed + index) % SEED_BOUND
@@ -291,10 +296,11 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What the operator's hardware allows, below the model's own bounds.
 
-    `max_pixels` counts one picture's width times height.
+    `max_pixels` counts one picture's width times height; `max_input_bytes` one file that is uploaded or fetched.
     """
 
     max_pixels: Annotated[int, Meta(ge=64 * 64)] = 4096 * 4096
+    max_input_bytes: Annotated[int, Meta(ge=1)] = 25 * 1024**2
 
 
 def parse_submission(body: Mapping[str, Any], defaults: GenerationDefaults, limits: RequestLimits) -> Submission:
@@ -455,9 +461,11 @@ def _request_faults(valid: Mapping[str, Any], limits: RequestLimits, inputs: _In
     if pixels > limits.max_pixels:
         detail = f"{width}x{height} is {pixels} pixels; at most {limits.max_pixels} are painted here"
         faults += [FieldError("/width", detail), FieldError("/height", detail)]
-    if "prompt" in valid and not valid["prompt"].strip():
-        faults.append(FieldError("/prompt", "must not be blank"))
-    if valid.get("negative_prompt") and not valid.get("guidance_scale"):
+    unpainted = '"' if valid.get("strip_quotes") else ""
+    if "prompt" in valid and not valid["prompt"].replace(unpainted or "\0", "").strip():
+        faults.append(FieldError("/prompt", "must not be blank" + (" without its quotes" if unpainted else "")))
+    is_guided = valid.get("guidance_scale") or any(one.guidance_scale for one in valid.get("passes", ()))
+    if valid.get("negative_prompt") and not is_guided:
         faults.append(FieldError("/negative_prompt", "does nothing without a guidance_scale above 0"))
     addresses = {name: valid[name] for name in ("image", "mask") if valid.get(name) is not None}
     refused = [name for name, address in addresses.items() if not inputs.is_taken(address)]

@@ -45,6 +45,7 @@ from zcore.request import (
     Steps,
     said_plainly,
 )
+from zcore.stages import Stage
 
 TREE = Path(__file__).resolve().parent.parent
 ENVIRONMENT_PREFIX = "ZIMAGE_"
@@ -206,11 +207,19 @@ class JobsSettings(_Section, frozen=True):
     lease_s: Seconds = 30.0
     retry_delay_s: Delay = 2.0
     retention_s: Seconds = 30 * 86_400.0
+    input_retention_s: Seconds = 86_400.0
+    split_encoding: bool = False
+
+    @property
+    def first_stage(self) -> Stage:
+        """Where a job begins."""
+        return Stage.ENCODE if self.split_encoding else Stage.GENERATE
 
 
 class WorkerSettings(_Section, frozen=True):
-    """The GPU worker. `upkeep` = false leaves clock work to `python -m worker.upkeep`."""
+    """A worker. `upkeep` = false leaves clock work to `python -m worker.upkeep`."""
 
+    stages: Annotated[tuple[Stage, ...], Meta(min_length=1)] = tuple(Stage)
     upkeep: bool = True
     upkeep_interval_s: Seconds = 1.0
     progress_interval_s: Seconds = 0.25
@@ -242,6 +251,7 @@ class Settings(_Section, frozen=True):
     profile: str = "default"
     model_path: str = "Tongyi-MAI/Z-Image-Turbo"
     templates_dir: str = "templates/z_image"
+    more_templates_dirs: tuple[str, ...] = ()
     data_dir: str = "var"
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
@@ -285,9 +295,9 @@ class Settings(_Section, frozen=True):
         return TREE / self.data_dir
 
     @property
-    def templates_path(self) -> Path:
-        """The folder of prompt templates."""
-        return TREE / self.templates_dir
+    def templates_paths(self) -> tuple[Path, ...]:
+        """The folders of prompt templates; a later one's template takes the place of an earlier one's of its name."""
+        return tuple(TREE / folder for folder in (self.templates_dir, *self.more_templates_dirs))
 
     @property
     def model_location(self) -> str:

@@ -11,15 +11,13 @@ from urllib.parse import urlencode
 
 import msgspec
 from litestar import Response, get, post
-from litestar.connection import ASGIConnection
 from litestar.datastructures import ResponseHeader
 from litestar.enums import RequestEncodingType
-from litestar.exceptions import HTTPException
-from litestar.handlers import BaseRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import BodyKwarg, FromPath, FromQuery, HeaderParameter, QueryParameter
 from litestar.response import Redirect
 
+from server import media_types
 from server.dependencies import (
     NamedDatabase,
     NamedDoorbell,
@@ -29,8 +27,8 @@ from server.dependencies import (
     NamedWatch,
     Owner,
 )
-from server.problems import MEDIA_TYPE
-from server.schemas import SUBMISSION_EXAMPLES, JobPage, Problem, submission_schema
+from server.problems import refusal
+from server.schemas import SUBMISSION_EXAMPLES, JobPage, submission_schema
 from zcore.errors import Gone, InvalidRequest
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
@@ -39,38 +37,28 @@ from zcore.jobs.resource import JobResource, describe
 from zcore.jobs.states import TERMINAL, State
 from zcore.request import UNWRITABLE, Submission, parse_submission
 from zcore.settings import Settings
+from zcore.stages import Stage
 from zcore.storage import Storage
 
 LONGEST_WAIT_S = 60
 POLL_AGAIN_S = 1
 
 
-def _refusal(description: str) -> ResponseSpec:
-    return ResponseSpec(Problem, description=description, media_type=MEDIA_TYPE)
-
-
 _problems = {
-    400: _refusal("A field is outside its bounds; `errors` names each"),
-    401: _refusal("No API key, or a wrong one"),
-    503: _refusal("The database does not answer"),
+    400: refusal("A field is outside its bounds; `errors` names each"),
+    401: refusal("No API key, or a wrong one"),
+    503: refusal("The database does not answer"),
 }
 _no_such_job = {
     401: _problems[401],
-    404: _refusal("There is no such job"),
+    404: refusal("There is no such job"),
     503: _problems[503],
 }
 
 
-def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """Only JSON by name: a page of another site can make a browser post anything else to this machine, but not that."""
-    kind = connection.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise HTTPException(status_code=415, detail=f"the body has to be application/json, not {kind or 'unnamed'}")
-
-
 @post(
     "/api/generate",
-    guards=[_is_json],
+    guards=[media_types.only("application/json")],
     status_code=202,
     tags=["jobs"],
     summary="Submit a picture to be painted",
@@ -83,9 +71,9 @@ def _is_json(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler
     responses={
         **_problems,
         200: ResponseSpec(JobResource, description="The job ended within `Prefer: wait`"),
-        413: _refusal("The body is larger than 1 MiB"),
-        415: _refusal("The body is not `application/json`"),
-        422: _refusal("The Idempotency-Key was used with another body"),
+        413: refusal("The body is larger than 1 MiB"),
+        415: refusal("The body is not `application/json`"),
+        422: refusal("The Idempotency-Key was used with another body"),
     },
 )
 async def generate(
@@ -124,7 +112,7 @@ async def generate(
     accepted = await asyncio.to_thread(
         _accept, database, settings, storage, submission, owner, _fingerprint(data), _bare(idempotency_key)
     )
-    doorbell.announce()
+    doorbell.announce(accepted.stage)
     resource = accepted.resource
     wait_s = _wanted_wait_s(prefer)
     if wait_s is not None and resource.status not in TERMINAL:
@@ -218,8 +206,8 @@ def cancel_job(
     status_code=302,
     responses={
         **_no_such_job,
-        404: _refusal("There is no such job or picture"),
-        410: _refusal("The picture was purged after its retention time"),
+        404: refusal("There is no such job or picture"),
+        410: refusal("The picture was purged after its retention time"),
     },
     sync_to_thread=True,
 )
@@ -237,6 +225,7 @@ def get_output(
 @dataclass(frozen=True, slots=True)
 class _Accepted:
     job_id: uuid.UUID
+    stage: Stage
     resource: JobResource
     replayed: bool
 
@@ -252,11 +241,17 @@ def _accept(
 ) -> _Accepted:
     with database.write() as transaction:
         submitted = lifecycle.submit(
-            transaction, submission, owner, fingerprint, settings.jobs.max_attempts, idempotency_key
+            transaction,
+            submission,
+            owner,
+            fingerprint,
+            settings.jobs.max_attempts,
+            idempotency_key,
+            settings.jobs.first_stage,
         )
         position = queries.queue_position(transaction, submitted.job)
         resource = describe(submitted.job, settings.public_url, storage.link, position)
-    return _Accepted(submitted.job.id, resource, submitted.replayed)
+    return _Accepted(submitted.job.id, Stage(submitted.job.stage), resource, submitted.replayed)
 
 
 def _look_up(database: Database, settings: Settings, storage: Storage, job_id: uuid.UUID, owner: str) -> JobResource:

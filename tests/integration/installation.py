@@ -122,5 +122,5 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {json.dumps(entry)}" for key, entry in value.items()) + " }"
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(str(entry) for entry in value) + "]"
+        return "[" + ", ".join(json.dumps(entry) for entry in value) + "]"
     return json.dumps(value)

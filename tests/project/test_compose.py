@@ -17,6 +17,7 @@ from botocore.config import Config
 from tests.services import process
 from tests.waiting import wait_until
 from zcore.settings import ENVIRONMENT_RESERVED, load_settings
+from zcore.stages import Stage
 
 TREE = Path(__file__).resolve().parents[2]
 # As ${NAME}, ${NAME:-otherwise} and ${NAME:?why it is needed}.
@@ -30,13 +31,20 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load(SUBSTITUTION.sub(lambda found: found["otherwise"] or "chosen", text))
 
 
-@pytest.mark.parametrize("service", ["migration", "api", "worker", "gpu-worker"])
+@pytest.mark.parametrize("service", ["migration", "api", "worker", "encoder", "gpu-worker"])
 def test_a_containers_environment_is_a_valid_set_of_settings(compose: dict[str, Any], service: str) -> None:
     environment: dict[str, str] = compose["services"][service]["environment"]
     settings = load_settings(environment)
     assert settings.server.api_keys == {"compose": "chosen"}
     assert settings.database_url == "postgresql+psycopg://zimage:zimage@postgres:5432/zimage"
     assert all(name in ENVIRONMENT_RESERVED or name.startswith("ZIMAGE_") for name in environment)
+
+
+def test_the_optional_encoder_encodes_on_the_cpu_and_nothing_else(compose: dict[str, Any]) -> None:
+    encoder = load_settings(compose["services"]["encoder"]["environment"])
+    assert (encoder.worker.stages, encoder.encoder.device) == ((Stage.ENCODE,), "cpu")
+    assert compose["services"]["encoder"]["profiles"] == ["encoder"], "nobody gets it who does not ask"
+    assert load_settings(compose["services"]["gpu-worker"]["environment"]).worker.stages == tuple(Stage)
 
 
 def test_addresses_in_the_settings_name_services_of_the_file(compose: dict[str, Any]) -> None:
@@ -61,7 +69,7 @@ def test_everything_is_started_again_but_the_migration(compose: dict[str, Any]) 
 
 
 def test_a_container_outlives_the_grace_that_its_process_is_given(compose: dict[str, Any]) -> None:
-    for name, section in (("api", "server"), ("worker", "worker"), ("gpu-worker", "worker")):
+    for name, section in (("api", "server"), ("worker", "worker"), ("encoder", "worker"), ("gpu-worker", "worker")):
         service = compose["services"][name]
         grace_s = getattr(load_settings(service["environment"]), section).shutdown_grace_s
         assert float(service["stop_grace_period"].removesuffix("s")) > grace_s

@@ -2,6 +2,7 @@
 
 import json
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -52,6 +53,8 @@ def test_a_settings_type_bounds_and_default_are_documented_as_they_are(name: str
 def in_words(kind: Any) -> str:
     """A type with its bounds as the documentation has to write it."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return ", ".join(f"`{choice}`" for choice in kind)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin is tuple:

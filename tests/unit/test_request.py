@@ -307,6 +307,9 @@ def test_every_ratio_gives_sides_that_a_request_takes(across: int, down: int, re
     [
         ({"negative_prompt": "blur"}, {"/negative_prompt"}),
         ({"negative_prompt": "blur", "guidance_scale": 4.0}, set()),
+        ({"negative_prompt": "blur", "passes": [{"scale": 1.0, "guidance_scale": 2.0}]}, set()),
+        ({"prompt": '""', "strip_quotes": True}, {"/prompt"}),
+        ({"prompt": '""'}, set()),
         ({"mask": UPLOAD}, {"/mask"}),
         ({"mask": UPLOAD, "image": OUTPUT}, set()),
         ({"mask": UPLOAD, "image": OUTPUT, "passes": [{"scale": 1.0}]}, {"/passes"}),

@@ -225,6 +225,8 @@ def test_an_unknown_profile_is_refused_with_the_nearest_one(environment: dict[st
         ("[default.generation]\nnum_inference_steps = 51\n", "`generation.num_inference_steps`: expected `int` <= 50"),
         ("[default.limits]\nmax_pixels = 0\n", "`limits.max_pixels`: expected `int` >= 4096"),
         ("[default.lora]\npaths = [1]\n", "`lora.paths[0]`: expected `str`"),
+        ("[default.worker]\nstages = []\n", "`worker.stages`: expected `array` of length >= 1"),
+        ("[default.worker]\nstages = ['paint']\n", "`worker.stages[0]`: invalid enum value 'paint'"),
         ("[default.jobs]\nretention_s = inf\n", "`jobs.retention_s`: expected `float` <= 1000000000"),
         ("[default]\nmodel_path = 7\n", "`model_path`: expected `str`"),
         ("[default.model_path]\nx = 7\n", "`model_path`: expected `str`"),
@@ -276,7 +278,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_paths_lie_in_the_tree_unless_they_are_absolute() -> None:
     assert load_settings({}).data_path == TREE / "var"
     assert load_settings({"ZIMAGE_DATA_DIR": "/srv/zimage"}).data_path == Path("/srv/zimage")
-    assert load_settings({}).templates_path == TREE / "templates" / "z_image"
+    assert load_settings({}).templates_paths == (TREE / "templates" / "z_image",)
+    more = load_settings({"ZIMAGE_MORE_TEMPLATES_DIRS": '["/ours", "mine"]'})
+    assert more.templates_paths == (TREE / "templates" / "z_image", Path("/ours"), TREE / "mine")
 
 
 def test_without_a_database_it_is_a_file_in_the_data_folder() -> None:

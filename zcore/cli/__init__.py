@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line, that of the process where none is given; the exit status."""
     try:
         said = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
-        return int(said.run(said))
+        status = int(said.run(said))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return STOPPED
     except BrokenPipeError:

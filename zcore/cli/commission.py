@@ -20,9 +20,18 @@ from zcore.errors import InvalidRequest
 from zcore.imaging.encode import PictureParameters, read_parameters
 from zcore.imaging.input_picture import open_picture
 from zcore.imaging.text.embedding_header import read_header
-from zcore.request import GIVEN, SEED_BOUND, SIZE_FIELDS, GenerationRequest, parse_generation
+from zcore.imaging.text.templates import TemplateLibrary
+from zcore.request import GIVEN, SEED_BOUND, SIZE_FIELDS, GenerationRequest, OutputFormat, parse_generation
 from zcore.settings import Settings
 from zcore.sizes import SIDE_MULTIPLE_PX
+
+SUFFIXES: dict[str, OutputFormat] = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+    ".avif": "avif",
+}
 
 NAMED_BY = {"embedding": "prompt"}
 """Which field of the request names a file, where it is not called as the file is."""
@@ -42,7 +51,7 @@ class GivenFile:
 class Commission:
     """Pictures `indexes` of `request`. `given` has its files: `image`, `mask` and `embedding`, as far as it has them.
 
-    `repeats` holds how the picture was made that is painted again unchanged, if one is.
+    `repeats` holds how the picture was made whose pixels are to be painted again, if one is.
     """
 
     request: GenerationRequest
@@ -64,17 +73,30 @@ def commissioned(said: argparse.Namespace, settings: Settings) -> Commission:
     fields = said_fields(said)
     original = _original(said.original) if said.original else None
     given = _given(said, fields, original)
-    decided = {**_kept(original, fields), **fields}
+    decided = {**_kept(original, fields), **_format(said.output, fields), **fields}
     decided |= {NAMED_BY.get(name, name): file.address for name, file in given.items()}
     if original is None and not fields.keys() & {"width", "height", *SIZE_FIELDS}:
         decided |= _own_size(given)
     request = parse_generation(decided, settings.generation_defaults, settings.limits)
+    check_template(request, settings)
     if original is None or fields.keys() & {"seed", "n"}:
         return Commission(request, tuple(range(request.n)), given)
     # The request that it was one picture of, so that it is numbered as it was.
     first_seed = (request.seed - original.index) % SEED_BOUND
     whole = msgspec.structs.replace(request, seed=first_seed)
-    return Commission(whole, (original.index,), given, None if fields else original)
+    is_repeated = fields.keys() <= {"format", "quality"}
+    return Commission(whole, (original.index,), given, original if is_repeated else None)
+
+
+def suffix_of(format: OutputFormat) -> str:  # noqa: A002
+    """What a file of this format ends in, where nobody says."""
+    return next(suffix for suffix, one in SUFFIXES.items() if one == format)
+
+
+def check_template(request: GenerationRequest, settings: Settings) -> None:
+    """Raise `InvalidRequest` for a template that does not exist; the pipeline would find it only once it is loaded."""
+    if request.template is not None:
+        TemplateLibrary.load(*settings.templates_paths).get(request.template)
 
 
 def _original(path: Path) -> PictureParameters:
@@ -90,6 +112,15 @@ def _kept(original: PictureParameters | None, fields: dict[str, Any]) -> dict[st
         return {}
     replaced = {"version", *(("width", "height") if fields.keys() & set(SIZE_FIELDS) else ())}
     return {name: value for name, value in msgspec.to_builtins(original.request).items() if name not in replaced}
+
+
+def _format(output: Path | None, fields: dict[str, Any]) -> dict[str, OutputFormat]:
+    """What the file's suffix says, where no flag does."""
+    if output is None or "format" in fields:
+        return {}
+    if output.suffix.lower() not in SUFFIXES:
+        raise InvalidRequest.field("--output", f"{output} has to end in one of {', '.join(SUFFIXES)}, or say --format")
+    return {"format": SUFFIXES[output.suffix.lower()]}
 
 
 def _given(

@@ -53,7 +53,7 @@ def run(said: argparse.Namespace) -> int:
     """Print. Raises `ConfigurationError`."""
     chosen = chosen_settings(said)
     lines = {name: f"{name} = {_shown(name, value_of(chosen.settings, name))}" for name in _wanted(said.key)}
-    width = max(len(line) for line in lines.values() if len(line) <= 72)
+    width = min(72, max(map(len, lines.values())))
     for name, line in lines.items():
         print(f"{line:{width}}  # {chosen.origins[name]}")
     return 0
@@ -63,7 +63,8 @@ def _wanted(key: str | None) -> list[str]:
     names = list(setting_names())
     found = [name for name in names if key is None or name == key or name.startswith(f"{key}.")]
     if not found:
-        near = difflib.get_close_matches(key or "", names, n=1)
+        sections = {name.partition(".")[0] for name in names}
+        near = difflib.get_close_matches(key or "", [*sections, *names], n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
         raise ConfigurationError(f"`{key}` is neither a setting nor a section{hint}")
     return found

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from zcore.cli import setting_flags
+from zcore.cli.commission import check_template
 from zcore.cli.files import check_place, whole_file
 from zcore.cli.parser import Commands
 from zcore.cli.progress import ProgressLine
@@ -58,6 +59,7 @@ def run(said: argparse.Namespace) -> int:
     chosen = chosen_settings(said)
     refuse_what_is_not_built(chosen.settings, chosen.spelled)
     request = parse_generation(said_fields(said), chosen.settings.generation_defaults)
+    check_template(request, chosen.settings)
     check_place(said.output)
     with ProgressLine(sys.stderr, pictures=1) as line:
         line.say("loading the text encoder ...")

@@ -13,27 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zcore.cli import setting_flags
+from zcore.cli.commission import Commission, commissioned, suffix_of
 from zcore.cli.files import check_place, whole_file
 from zcore.cli.parser import Commands
 from zcore.cli.progress import ProgressLine
 from zcore.cli.request_flags import add_request_flags, request_fields
 from zcore.cli.setting_flags import add_setting_flags, chosen_settings
-from zcore.errors import InvalidRequest
+from zcore.imaging.encode import encode_image
 from zcore.imaging.from_settings import load_generator, load_pipeline, refuse_what_is_not_built
-from zcore.request import OutputFormat
 from zcore.settings import Settings
 
 if TYPE_CHECKING:
-    from zcore.cli.commission import Commission
     from zcore.imaging.pipeline import Inputs, ZImagePipeline
-
-SUFFIXES: dict[str, OutputFormat] = {
-    ".png": "png",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".webp": "webp",
-    ".avif": "avif",
-}
 
 DESCRIPTION = """\
 Paint pictures.
@@ -96,16 +87,13 @@ def run(said: argparse.Namespace) -> int:
     """Paint and write. Raises `ZImageError`."""
     chosen = chosen_settings(said)
     refuse_what_is_not_built(chosen.settings, chosen.spelled)
-    from zcore.cli.commission import commissioned
-
-    if said.output and "format" not in said:
-        said.format = _format_of(said.output)
     commission = commissioned(said, chosen.settings)
-    paths = _paths(said.output or Path(f"output{_suffix(commission.request.format)}"), commission)
+    paths = _paths(said.output or Path(f"output{suffix_of(commission.request.format)}"), commission)
     check_place(paths[commission.indexes[0]])
     with ProgressLine(sys.stderr, len(paths)) as line:
         line.say("loading the model ...")
         painter = _Painter(commission, chosen.settings)
+        line.say("")
         _note_differences(commission, painter)
         for number, (index, path) in enumerate(paths.items(), start=1):
             line.begin(number)
@@ -118,7 +106,7 @@ def run(said: argparse.Namespace) -> int:
 class _Painter:
     """The loaded model and what it is to paint."""
 
-    def __init__(self, commission: "Commission", settings: Settings) -> None:
+    def __init__(self, commission: Commission, settings: Settings) -> None:
         self._commission = commission
         self._pipeline = _loaded(commission, settings)
         self._inputs = _inputs(commission)
@@ -128,8 +116,6 @@ class _Painter:
 
     def paint(self, index: int, path: Path, line: ProgressLine) -> WrittenPicture:
         """One picture, from its noise to its file."""
-        from zcore.imaging.encode import encode_image
-
         began = time.monotonic()
         request = self._commission.alone(index)
         image = self._pipeline.generate(request, line.step, self._inputs).images[0].image
@@ -149,11 +135,11 @@ class _Painter:
         )
 
 
-def _loaded(commission: "Commission", settings: Settings) -> "ZImagePipeline":
+def _loaded(commission: Commission, settings: Settings) -> "ZImagePipeline":
     return load_generator(settings) if "embedding" in commission.given else load_pipeline(settings)
 
 
-def _inputs(commission: "Commission") -> "Inputs":
+def _inputs(commission: Commission) -> "Inputs":
     from zcore.imaging.pipeline import Inputs
     from zcore.imaging.text.embedding_file import from_bytes
 
@@ -165,28 +151,20 @@ def _inputs(commission: "Commission") -> "Inputs":
     )
 
 
-def _note_differences(commission: "Commission", painter: _Painter) -> None:
+def _note_differences(commission: Commission, painter: _Painter) -> None:
     """A picture that is painted again by something else may come out differently, and nobody shall wonder."""
     if commission.repeats is None:
         return
     before, now = commission.repeats.made_by, painter.made_by
-    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    # A model's name is that of its folder; which one it is, its revision says.
+    named = (before.keys() | now.keys()) - {"model"}
+    differing = sorted(name for name in named if before.get(name) != now.get(name))
     if differing:
         told = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in differing)
         print(f"zimage: note: the picture may come out differently: {told}", file=sys.stderr)
 
 
-def _format_of(path: Path) -> OutputFormat:
-    if path.suffix.lower() not in SUFFIXES:
-        raise InvalidRequest.field("--output", f"{path} has to end in one of {', '.join(SUFFIXES)}, or say --format")
-    return SUFFIXES[path.suffix.lower()]
-
-
-def _suffix(format: OutputFormat) -> str:  # noqa: A002
-    return next(suffix for suffix, one in SUFFIXES.items() if one == format)
-
-
-def _paths(path: Path, commission: "Commission") -> dict[int, Path]:
+def _paths(path: Path, commission: Commission) -> dict[int, Path]:
     """Where each picture goes; several are numbered."""
     if len(commission.indexes) == 1:
         return {commission.indexes[0]: path}

@@ -89,7 +89,7 @@ def in_flags(fault: InvalidRequest) -> str:
 
     def spelled(pointer: str) -> str:
         name, separator, rest = pointer.removeprefix("/").partition("/")
-        return f"{flag_of(name) if name in known else name}{separator}{rest}"
+        return f"{flag_of(name) if name in (*known, 'embeddings') else name}{separator}{rest}"
 
     return "; ".join(f"{spelled(error.pointer)}: {error.detail}" for error in fault.errors)
 

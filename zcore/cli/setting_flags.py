@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from zcore.errors import ConfigurationError
 from zcore.settings import (
@@ -186,7 +186,9 @@ def _reader(flag: SettingFlag) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if name in PATHS:
             return str(Path(text).absolute()) if Path(text).exists() else text
-        written = f"[{text}]" if get_origin(setting_names()[name]) is tuple else text
+        kind = setting_names()[name]
+        kind = kind.__origin__ if get_origin(kind) is Annotated else kind
+        written = f"[{text}]" if get_origin(kind) is tuple else text
         return setting_value(name, written, flag.names[0])
 
     return read

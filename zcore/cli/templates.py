@@ -40,12 +40,8 @@ def add_to(commands: Commands) -> None:
 
 def run(said: argparse.Namespace) -> int:
     """Print. Raises `ZImageError`; a search without a find prints nothing and is status 1, as grep's."""
-    library = TemplateLibrary.load(chosen_settings(said).settings.templates_path)
-    if said.name:
-        found = [library.get(said.name)]
-    else:
-        found = [library.get(name) for name in library.names()]
-        found = [template for template in found if _matches(template, said.category, said.search)]
+    library = TemplateLibrary.load(*chosen_settings(said).settings.templates_paths)
+    found = [library.get(said.name)] if said.name else library.search(said.category, said.search)
     if said.json:
         for template in found:
             print(json.dumps(asdict(template), ensure_ascii=False))
@@ -54,13 +50,6 @@ def run(said: argparse.Namespace) -> int:
     else:
         print(*_rows(found), sep="\n", end="\n" if found else "")
     return 0 if found else 1
-
-
-def _matches(template: Template, category: str | None, text: str | None) -> bool:
-    if category is not None and template.category != category:
-        return False
-    wanted = (text or "").casefold()
-    return any(wanted in part.casefold() for part in (template.name, template.description, template.body))
 
 
 def _rows(templates: Sequence[Template]) -> list[str]:

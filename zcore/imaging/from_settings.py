@@ -26,7 +26,7 @@ def load_pipeline(settings: Settings) -> "ZImagePipeline":
 
     return ZImagePipeline.from_pretrained(
         settings.model_location,
-        templates_dir=settings.templates_path,
+        templates_dir=settings.templates_paths,
         encoder_dtype=settings.encoder.torch_dtype,
         encoder_device=settings.encoder.device,
         embedding_cache_bytes=_cache_bytes(settings),
@@ -50,7 +50,7 @@ def load_encoder(settings: Settings) -> "PromptEncoder":
 
     return PromptEncoder.from_pretrained(
         settings.model_location,
-        templates=TemplateLibrary.load(settings.templates_path),
+        templates=TemplateLibrary.load(*settings.templates_paths),
         torch_dtype=settings.encoder.torch_dtype,
         device=settings.encoder.device,
         hidden_layer=settings.encoder.hidden_layer,

@@ -66,6 +66,13 @@ def open_picture(content: bytes, field: str) -> Image.Image:
         raise InvalidRequest.field(field, "is a damaged picture, or breaks off before its end") from error
 
 
+def format_of(content: bytes) -> str:
+    """The kind of a file that `open_picture` takes, as in its media type: `png`, `jpeg`, `webp` and so on."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        kind = str(image.format).lower()
+    return "jpeg" if kind == "mpo" else kind  # as cameras write them: a JPEG with further pictures behind it
+
+
 def fitted(image: Image.Image, width: int, height: int, fit: Fit) -> Image.Image:
     """The image as RGB of just this size, resampled with Lanczos.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from zcore.errors import InvalidRequest, OutOfMemory
 from zcore.imaging import geometry
 from zcore.imaging.input_picture import fitted, mask_fitted
+from zcore.imaging.inputs import Inputs
 from zcore.imaging.model import loader
 from zcore.imaging.model.attention import choose_attention, load_attention
 from zcore.imaging.model.checkpoint import PAINTING, check_layers, encoder_family, locate, read_json, revision
@@ -31,7 +32,7 @@ from zcore.imaging.model.tiling import Tiling
 from zcore.imaging.model.transformer import Plan, VelocityModel
 from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.profiler import GenerationMetrics, PhaseClock
-from zcore.imaging.prompt_encoder import PromptEncoder, wants_negative
+from zcore.imaging.prompt_encoder import PromptEncoder
 from zcore.imaging.sampling.denoise import Kept, Velocity, denoise, draw_noise, noised
 from zcore.imaging.sampling.guidance import away_from_skipped, guided, skips_layers
 from zcore.imaging.sampling.multipass import PlannedPass, enlarged, plan
@@ -51,18 +52,6 @@ class Progress:
 
 
 OnStep = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a request names by address, at hand: the picture it starts from, the mask over it, its prompt's embedding.
-
-    Pictures may have any mode and size; they are fitted by the request's `fit`. A mask is white where to paint anew.
-    """
-
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
-    embedding: PromptEmbedding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,7 +396,7 @@ class ZImagePipeline:
                 caption_tokens_limit=self._limits.caption_tokens,
                 encoder_family=self._family,
             )
-            if wants_negative(request) and given.negative is None:
+            if request.is_guided and given.negative is None:
                 raise InvalidRequest.field(
                     "guidance_scale", "needs the embedding of a negative prompt; encode it with one"
                 )

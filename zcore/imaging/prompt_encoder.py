@@ -124,7 +124,7 @@ class PromptEncoder:
 
     def _embedding(self, request: GenerationRequest, prompt: FormattedPrompt, embeds: Tensor) -> PromptEmbedding:
         negative = None
-        if wants_negative(request):
+        if request.is_guided:
             negative = self._embed(format_negative(request), LayerBlend.of(request), request.long_prompt_mode)
         return PromptEmbedding(
             embeds=embeds,
@@ -154,11 +154,6 @@ class PromptEncoder:
 
     def _key(self, ids: Sequence[int], blend: LayerBlend, mode: LongPromptMode) -> str:
         return key_of(ids, self._revision, str(blend), str(self._placement), mode)
-
-
-def wants_negative(request: GenerationRequest) -> bool:
-    """Whether any pass of this request is guided, and so needs the negative prompt's embedding too."""
-    return request.guidance_scale > 0 or any(one.guidance_scale for one in request.passes)
 
 
 def _as_request(request: GenerationRequest | str) -> GenerationRequest:

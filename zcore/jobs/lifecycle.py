@@ -6,22 +6,24 @@ the same transaction. Does not commit, does not ring the broker, does not touch 
 """
 
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import msgspec
 import uuid_utils
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, case, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from zcore.errors import Conflict, KeyReused, NotFound
-from zcore.jobs import states
+from zcore.jobs import inputs, states
 from zcore.jobs.database import Transaction
 from zcore.jobs.models import Event, Job, Output, WebhookEvent
 from zcore.jobs.resource import snapshot
-from zcore.jobs.states import State, Transition
+from zcore.jobs.states import TERMINAL, State, Transition
 from zcore.request import Submission
+from zcore.stages import Stage
 
 IDEMPOTENCY_KEY_LIFE = timedelta(hours=24)
 RESCUED_AT_ONCE = 100
@@ -77,15 +79,18 @@ def submit(
     fingerprint: str,
     max_attempts: int,
     idempotency_key: str | None = None,
+    stage: Stage = Stage.GENERATE,
 ) -> Submitted:
     """A new QUEUED job, or the one that this owner's key already made within 24 hours.
 
-    `fingerprint` is the SHA-256 of the body. Raises `KeyReused` when the key was used with another body.
+    `fingerprint` is the SHA-256 of the body; `stage` is where the job begins. Raises `KeyReused` when the key was used
+    with another body, and `InvalidRequest` for a new job whose inputs this owner does not have.
     """
     if idempotency_key is not None:
         earlier = _made_by_key(transaction, owner, idempotency_key, fingerprint)
         if earlier is not None:
             return Submitted(earlier, replayed=True)
+    inputs.check(transaction, submission.request, owner)
     job = Job(
         id=new_id(),
         owner=owner,
@@ -97,6 +102,7 @@ def submit(
         webhook_url=submission.delivery.webhook_url,
         idempotency_key=idempotency_key,
         fingerprint=fingerprint,
+        stage=stage,
         attempts_left=max_attempts,
         created_at=transaction.now,
         available_at=transaction.now,
@@ -120,13 +126,19 @@ def submit(
     return Submitted(job, replayed=False)
 
 
-def claim(transaction: Transaction, worker: str, lease_s: float) -> Job | None:
-    """The next best queued job, now RUNNING under a fresh lease; None when nothing is due. Higher priority first, then
-    the oldest.
+def claim(
+    transaction: Transaction, worker: str, lease_s: float, stages: Collection[Stage] = tuple(Stage)
+) -> Job | None:
+    """The next best queued job at one of `stages`, now RUNNING under a fresh lease; None when nothing is due. Higher
+    priority first, then the oldest.
+
+    Who serves both stages is expected to do the whole job; who only encodes has it noted, before anything is stored,
+    that this attempt may leave an embedding.
     """
+    only_encodes = Stage.GENERATE not in stages
     best = (
         select(Job.id)
-        .where(Job.status == State.QUEUED, Job.available_at <= transaction.now)
+        .where(Job.status == State.QUEUED, Job.available_at <= transaction.now, *_at(stages))
         .order_by(Job.priority.desc(), Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -143,6 +155,7 @@ def claim(transaction: Transaction, worker: str, lease_s: float) -> Job | None:
         lease_token=uuid.uuid4(),
         lease_until=transaction.now + timedelta(seconds=lease_s),
         started_at=transaction.now,
+        embedding_attempt=Job.attempt + 1 if only_encodes else Job.embedding_attempt,
         **_NO_PROGRESS,
     )
 
@@ -230,20 +243,46 @@ def fail(transaction: Transaction, lease: Lease, failure: Failure, retry_delay_s
 
 def hand_back(transaction: Transaction, lease: Lease) -> Job | None:
     """A leaving worker's job returns to the queue, the attempt not counted; CANCELED when the caller wished so."""
-    if _lock(transaction, lease) is None:
-        return None
-    canceled = _cancel_if_wished(transaction, *_holds(lease))
-    if canceled is not None:
-        return canceled
-    return _move(
+    return _requeue(transaction, lease, states.HAND_BACK, attempts_left=Job.attempts_left + 1, announced_at=None)
+
+
+def pass_on(transaction: Transaction, lease: Lease, metrics: dict[str, Any], engine: dict[str, Any]) -> Job | None:
+    """The prompt's embedding is stored: the job is QUEUED for whoever paints, and counts as announced to them. The
+    attempt did its part and costs nothing. CANCELED when the caller wished so, None when the lease is lost.
+    """
+    return _requeue(
         transaction,
-        states.HAND_BACK,
-        *_holds(lease),
+        lease,
+        states.PASS_ON,
+        stage=Stage.GENERATE,
         attempts_left=Job.attempts_left + 1,
-        announced_at=None,
-        **_NO_LEASE,
-        **_NO_PROGRESS,
+        available_at=transaction.now,
+        announced_at=transaction.now,
+        metrics=metrics,
+        engine=engine,
     )
+
+
+def reencode(transaction: Transaction, lease: Lease, failure: Failure) -> Job | None:
+    """Back to whoever encodes, QUEUED, because of `failure`; FAILED when no attempts are left, so that encoder and
+    painter cannot disagree for ever. A job that nobody has encoded yet goes without losing its attempt: it cannot come
+    back like this. CANCELED when the caller wished so, None when the lease is lost.
+    """
+    detail = {"code": failure.code, "message": failure.message}
+    never_encoded = Job.embedding_attempt.is_(None)
+    sent = _requeue(
+        transaction,
+        lease,
+        states.REENCODE,
+        or_(never_encoded, Job.attempts_left > 0),
+        detail=detail,
+        stage=Stage.ENCODE,
+        attempts_left=case((never_encoded, Job.attempts_left + 1), else_=Job.attempts_left),
+        announced_at=transaction.now,
+    )
+    if sent is not None:
+        return sent
+    return _move(transaction, states.FAIL, *_holds(lease), detail=detail, **_failed(transaction, failure))
 
 
 def cancel(transaction: Transaction, job_id: uuid.UUID) -> Job:
@@ -278,8 +317,9 @@ def acknowledge_cancel(transaction: Transaction, lease: Lease) -> Job | None:
     return _cancel_if_wished(transaction, *_holds(lease))
 
 
-def retry(transaction: Transaction, job_id: uuid.UUID, max_attempts: int) -> Job:
-    """A failed or canceled job goes back to the queue with a fresh budget.
+def retry(transaction: Transaction, job_id: uuid.UUID, max_attempts: int, stage: Stage = Stage.GENERATE) -> Job:
+    """A failed or canceled job goes back to the queue with a fresh budget: to where it stood while it still has an
+    embedding, else to `stage`, as a new one would.
 
     Raises `NotFound`, or `Conflict` in any other state.
     """
@@ -287,6 +327,7 @@ def retry(transaction: Transaction, job_id: uuid.UUID, max_attempts: int) -> Job
         transaction,
         states.RETRY,
         Job.id == job_id,
+        stage=case((Job.embedding_attempt.is_(None), stage), else_=Job.stage),
         attempts_left=max_attempts,
         available_at=transaction.now,
         announced_at=transaction.now,
@@ -320,12 +361,27 @@ def expire(transaction: Transaction, job_id: uuid.UUID) -> Job | None:
     return _move(transaction, states.EXPIRE, Job.id == job_id, Job.expires_at <= transaction.now)
 
 
-def mark_announced(transaction: Transaction, silent_s: float, at_most: int) -> int:
-    """How many due jobs nobody has been told of for `silent_s` seconds; they count as announced from now on."""
+def forget_embeddings(transaction: Transaction, job_id: uuid.UUID, attempt: int) -> bool:
+    """The embeddings of this job's attempts up to `attempt` are deleted from storage; False when it has moved on."""
+    forgotten = transaction.session.scalars(
+        update(Job)
+        .where(Job.id == job_id, Job.status.in_(TERMINAL), Job.attempt == attempt)
+        .values(embedding_attempt=None)
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    ).one_or_none()
+    return forgotten is not None
+
+
+def mark_announced(transaction: Transaction, stage: Stage, silent_s: float, at_most: int) -> int:
+    """How many due jobs at `stage` nobody has been told of for `silent_s` seconds; they count as announced from now
+    on.
+    """
     silent = (
         select(Job.id)
         .where(
             Job.status == State.QUEUED,
+            Job.stage == stage,
             Job.available_at <= transaction.now,
             Job.announced_at.is_(None) | (Job.announced_at < transaction.now - timedelta(seconds=silent_s)),
         )
@@ -394,6 +450,30 @@ def _move(
             )
         )
     return job
+
+
+def _requeue(
+    transaction: Transaction,
+    lease: Lease,
+    transition: Transition,
+    *guard: ColumnElement[bool],
+    detail: dict[str, Any] | None = None,
+    **values: Any,
+) -> Job | None:
+    """From its worker to the queue; CANCELED when the caller wished so, None when the lease is lost or the guard
+    refuses.
+    """
+    if _lock(transaction, lease) is None:
+        return None
+    canceled = _cancel_if_wished(transaction, *_holds(lease))
+    if canceled is not None:
+        return canceled
+    return _move(transaction, transition, *_holds(lease), *guard, detail=detail, **values, **_NO_LEASE, **_NO_PROGRESS)
+
+
+def _at(stages: Collection[Stage]) -> tuple[ColumnElement[bool], ...]:
+    """No condition for all stages: the queue's index has its order only over one stage, or over all."""
+    return () if set(stages) == set(Stage) else (Job.stage.in_(stages),)
 
 
 def _holds(lease: Lease) -> tuple[ColumnElement[bool], ...]:

@@ -29,6 +29,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from zcore.jobs.states import TERMINAL, State
+from zcore.stages import Stage
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -68,8 +69,8 @@ class Table(DeclarativeBase):
     )
 
 
-def _listed(states: frozenset[State] | tuple[State, ...]) -> str:
-    return ", ".join(f"'{state}'" for state in sorted(states))
+def _listed(names: frozenset[State] | tuple[State, ...] | tuple[Stage, ...]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
 
 
 class Job(Table):
@@ -114,6 +115,10 @@ class Job(Table):
     completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
+    stage: Mapped[str] = mapped_column(String(20), server_default=Stage.GENERATE)
+    # The attempt that encoded the prompt, or began to; None when no embedding of this job can be in storage.
+    embedding_attempt: Mapped[int | None] = mapped_column(Integer)
+
     outputs: Mapped[list["Output"]] = relationship(order_by="Output.position", lazy="selectin")
 
     __table_args__ = (
@@ -128,6 +133,8 @@ class Job(Table):
         CheckConstraint("(status = 'failed') = (error_code IS NOT NULL)", name="failed_has_error"),
         CheckConstraint("(status IN ('succeeded', 'expired')) = (expires_at IS NOT NULL)", name="pictures_expire"),
         CheckConstraint("attempt >= 0 AND attempts_left >= 0", name="attempts_counted"),
+        CheckConstraint(f"stage IN ({_listed(tuple(Stage))})", name="stage_known"),
+        CheckConstraint("embedding_attempt BETWEEN 1 AND attempt", name="embedding_has_attempt"),
         # The queue itself: what claim reads, in its order.
         Index(
             "ix_jobs_queue",
@@ -135,6 +142,21 @@ class Job(Table):
             "id",
             postgresql_where=text("status = 'queued'"),
             sqlite_where=text("status = 'queued'"),
+        ),
+        # The same for a worker that serves one stage: the other's backlog is not read through.
+        Index(
+            "ix_jobs_stage_queue",
+            "stage",
+            priority.desc(),
+            "id",
+            postgresql_where=text("status = 'queued'"),
+            sqlite_where=text("status = 'queued'"),
+        ),
+        Index(
+            "ix_jobs_embedding",
+            "completed_at",
+            postgresql_where=text("completed_at IS NOT NULL AND embedding_attempt IS NOT NULL"),
+            sqlite_where=text("completed_at IS NOT NULL AND embedding_attempt IS NOT NULL"),
         ),
         Index(
             "ix_jobs_lease",
@@ -224,8 +246,22 @@ class WebhookAttempt(Table):
     answer: Mapped[str] = mapped_column(Text)  # the first bytes of the answer, or why there was none
 
 
+class Input(Table):
+    """One picture that a caller uploaded; its bytes lie in storage until some time after `expires_at`."""
+
+    __tablename__ = "inputs"
+
+    owner: Mapped[str] = mapped_column(String(100), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    format: Mapped[str] = mapped_column(String(10))
+    width: Mapped[int] = mapped_column(Integer)
+    height: Mapped[int] = mapped_column(Integer)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
 class Worker(Table):
-    """One GPU worker, as long as it shows itself. For people and readiness; no decision about a job rests on it."""
+    """One worker, as long as it shows itself. For people and readiness; no decision about a job rests on it."""
 
     __tablename__ = "workers"
 
@@ -234,3 +270,4 @@ class Worker(Table):
     device: Mapped[str] = mapped_column(String(100))
     started_at: Mapped[datetime] = mapped_column(UtcDateTime)
     seen_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    stages: Mapped[list[str]] = mapped_column(JSON_DOCUMENT)  # what it serves

@@ -1,25 +1,28 @@
-"""Which GPU workers are there: each shows itself every few seconds and is forgotten when it no longer does.
+"""Which workers are there: each shows itself every few seconds and is forgotten when it no longer does.
 
 For readiness and for people. Claims, leases and rescue do not look at it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 
 from sqlalchemy import delete, select
 
 from zcore.jobs.database import Transaction
 from zcore.jobs.models import Worker
+from zcore.stages import Stage
 
 SHOWN_EVERY_S = 5.0
 PRESENT_FOR_S = 20.0
 
 
-def show(transaction: Transaction, name: str, model: str, device: str) -> None:
-    """The worker is there now."""
+def show(
+    transaction: Transaction, name: str, model: str, device: str, stages: Collection[Stage] = tuple(Stage)
+) -> None:
+    """The worker is there now, and serves `stages`."""
     worker = transaction.session.get(Worker, name)
     if worker is None:
-        worker = Worker(name=name, model=model, device=device, started_at=transaction.now, seen_at=transaction.now)
+        worker = Worker(name=name, model=model, device=device, stages=list(stages), started_at=transaction.now)
         transaction.session.add(worker)
     worker.seen_at = transaction.now
 

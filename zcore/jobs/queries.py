@@ -63,13 +63,14 @@ def get(transaction: Transaction, job_id: uuid.UUID, owner: str | None = None) -
 
 
 def queue_position(transaction: Transaction, job: Job) -> int | None:
-    """1 for the job that is claimed next; None when it is not queued. Counts at most 1,000 before it."""
+    """1 for the job that is claimed next at its stage; None when it is not queued. Counts at most 1,000 before it."""
     if job.status != State.QUEUED:
         return None
     before = (
         select(Job.id)
         .where(
             Job.status == State.QUEUED,
+            Job.stage == job.stage,
             or_(Job.priority > job.priority, and_(Job.priority == job.priority, Job.id < job.id)),
         )
         .limit(POSITION_AT_MOST)
@@ -144,9 +145,10 @@ def counts_by_status(transaction: Transaction) -> dict[State, int]:
     return counts
 
 
-def busy_workers(transaction: Transaction) -> int:
-    """How many workers have a running job."""
-    return transaction.session.scalar(select(func.count(Job.worker.distinct())).where(Job.status == State.RUNNING)) or 0
+def busy_workers(transaction: Transaction) -> set[str]:
+    """The names of the workers that have a running job."""
+    names = transaction.session.scalars(select(Job.worker).where(Job.status == State.RUNNING).distinct())
+    return {name for name in names if name is not None}
 
 
 def past_retention(transaction: Transaction, at_most: int) -> Sequence[Job]:
@@ -155,6 +157,17 @@ def past_retention(transaction: Transaction, at_most: int) -> Sequence[Job]:
         select(Job)
         .where(Job.status == State.SUCCEEDED, Job.expires_at <= transaction.now)
         .order_by(Job.expires_at)
+        .limit(at_most)
+    )
+    return transaction.session.scalars(statement).all()
+
+
+def ended_with_embedding(transaction: Transaction, at_most: int) -> Sequence[Job]:
+    """Jobs that have ended and whose embeddings may still be in storage, the first to end first."""
+    statement = (
+        select(Job)
+        .where(Job.completed_at.is_not(None), Job.embedding_attempt.is_not(None))
+        .order_by(Job.completed_at)
         .limit(at_most)
     )
     return transaction.session.scalars(statement).all()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from zcore.jobs.models import Job, Output
-from zcore.jobs.states import State
+from zcore.jobs.states import TERMINAL, State
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -52,11 +52,12 @@ class JobUrls(msgspec.Struct, frozen=True):
     cancel: str
 
 
-class JobResource(msgspec.Struct, frozen=True):
-    """A job with everything a caller may know. Times are UTC."""
+class JobResource(msgspec.Struct, frozen=True, kw_only=True):
+    """A job with everything a caller may know. Times are UTC. `stage` is what is done next, or now; None at the end."""
 
     id: str
     status: str
+    stage: str | None = None
     created_at: datetime
     started_at: datetime | None
     completed_at: datetime | None
@@ -95,6 +96,7 @@ def snapshot(job: Job) -> JobResource:
     return JobResource(
         id=str(job.id),
         status=job.status,
+        stage=None if job.status in TERMINAL else job.stage,
         created_at=job.created_at,
         started_at=job.started_at,
         completed_at=job.completed_at,

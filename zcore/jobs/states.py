@@ -52,6 +52,20 @@ POSTPONE = _one("postpone", State.RUNNING, State.QUEUED, "postponed", "a retryab
 HAND_BACK = _one(
     "hand_back", State.RUNNING, State.QUEUED, "handed_back", "the worker is leaving; the attempt is not counted"
 )
+PASS_ON = _one(
+    "pass_on",
+    State.RUNNING,
+    State.QUEUED,
+    "encoded",
+    "the prompt's embedding is stored and the pictures are due; the attempt is not counted",
+)
+REENCODE = _one(
+    "reencode",
+    State.RUNNING,
+    State.QUEUED,
+    "sent_to_encode",
+    "there is no embedding, or none that fits, and this worker cannot make one",
+)
 RESCUE = _one("rescue", State.RUNNING, State.QUEUED, "rescued", "the lease ran out: the worker is gone")
 ABANDON = _one(
     "abandon", State.RUNNING, State.FAILED, "failed", "the lease ran out, and no attempts are left", announces=True
@@ -77,7 +91,8 @@ RETRY = Transition(
 EXPIRE = _one("expire", State.SUCCEEDED, State.EXPIRED, "expired", "retention is over; the pictures are deleted")
 
 TRANSITIONS = (
-    CLAIM, COMPLETE, FAIL, POSTPONE, HAND_BACK, RESCUE, ABANDON, CANCEL_QUEUED, CANCEL_RUNNING, RETRY, EXPIRE,
+    CLAIM, COMPLETE, FAIL, POSTPONE, HAND_BACK, PASS_ON, REENCODE, RESCUE, ABANDON, CANCEL_QUEUED, CANCEL_RUNNING,
+    RETRY, EXPIRE,
 )  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""The admin, over real HTTP and in a real browser."""
+"""The pages, over real HTTP and in a real browser."""

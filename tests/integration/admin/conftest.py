@@ -1,17 +1,23 @@
-"""A real server process with the admin, and a browser that minds every complaint."""
+"""A real server process with its pages, and a browser that minds every complaint."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, Response, expect
 from sqlalchemy import delete
 
 from tests.integration.installation import Installation
+from tests.integration.jobs.examples import RETENTION_S, claim, picture, submit
 from tests.services import browser as browsers
 from tests.services.postgres import Postgres
+from tests.waiting import wait_until
+from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
+from zcore.jobs.lifecycle import Lease, StoredOutput
 from zcore.jobs.models import Job, Worker
 from zcore.keys import load_keys
 from zcore.storage import Storage, open_storage
@@ -101,3 +107,31 @@ def sign_in(page: Page, key: str) -> None:
     """Give a key at the sign-in page."""
     page.get_by_label("Admin key").fill(key)
     page.get_by_role("button", name="Sign in").click()
+
+
+def painted(admin: Served, retention_s: float = RETENTION_S, n: int = 1, **fields: object) -> Job:
+    """A job that succeeded, its pictures in storage."""
+    submit(admin.database, n=n, **fields)
+    return paint(admin, claim(admin.database), retention_s, n)
+
+
+def paint(admin: Served, lease: Lease, retention_s: float = RETENTION_S, n: int = 1) -> Job:
+    """The lease's job as a worker ends it."""
+    content = io.BytesIO()
+    Image.linear_gradient("L").resize((64, 64)).save(content, "PNG")
+    outputs: list[StoredOutput] = []
+    for position in range(n):
+        key = f"jobs/{lease.job_id}/1-{position}.png"
+        admin.storage.put(key, content.getvalue(), "image/png")
+        example = picture(position)
+        outputs.append(StoredOutput(position, key, "png", 64, 64, len(content.getvalue()), "a" * 64, example.seed))
+    with admin.database.write() as transaction:
+        lifecycle.complete(transaction, lease, outputs, {"total_ms": 5}, {"device": "cpu"}, retention_s)
+        return queries.get(transaction, lease.job_id)
+
+
+def natural_widths(page: Page, selector: str) -> list[int]:
+    """How wide the pictures are that have been loaded and understood."""
+    expect(page.locator(selector).first).to_be_visible()
+    loaded = "images => images.every(image => image.complete) && images.map(image => image.naturalWidth)"
+    return wait_until(lambda: page.locator(selector).evaluate_all(loaded))

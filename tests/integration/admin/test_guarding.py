@@ -154,6 +154,17 @@ def test_a_page_may_run_nothing_and_is_kept_nowhere(admin: httpx.Client) -> None
         assert headers["cache-control"] == "no-store"
 
 
+def test_the_playground_is_open_to_all_and_runs_its_own_script_alone(visitor: httpx.Client) -> None:
+    page = visitor.get("/playground")
+    assert page.status_code == 200
+    assert "set-cookie" not in page.headers
+    policy = set(page.headers["content-security-policy"].split("; "))
+    assert {"default-src 'none'", "script-src 'self'", "connect-src 'self'", "frame-ancestors 'none'"} <= policy
+    assert not re.search(r"<script(?! type=\"module\" src=)|<style| style=| on\w+=", page.text)
+    [script] = re.findall(r'<script type="module" src="([^"]+)"', page.text)
+    assert visitor.get(script).headers["content-type"].startswith("text/javascript")
+
+
 def test_wrong_filters_are_a_page_that_names_them(admin: httpx.Client) -> None:
     for query in ("status=done", "created_from=yesterday", "cursor=none", "newer=none"):
         answer = admin.get(f"/admin?{query}")

@@ -1,33 +1,28 @@
 """The admin as a person uses it: in a real browser, against a real server process on PostgreSQL."""
 
-import io
 from datetime import timedelta
 from pathlib import Path
 
-from PIL import Image
 from playwright.sync_api import Page, expect
 
-from tests.integration.admin.conftest import ADMIN_KEY, Served, sign_in
+from tests.integration.admin.conftest import ADMIN_KEY, Served, natural_widths, painted, sign_in
 from tests.integration.installation import Installation
 from tests.integration.jobs.examples import (
     DEFECT,
     HOOK,
-    RETENTION_S,
     cancel,
     claim,
     events,
     fail,
     look,
-    picture,
     submit,
 )
 from tests.services.s3 import Bucket
 from tests.waiting import wait_until
-from zcore.jobs import lifecycle, presence, queries, webhooks
-from zcore.jobs.lifecycle import Lease, StoredOutput
-from zcore.jobs.models import Job
+from zcore.jobs import lifecycle, presence, webhooks
 from zcore.jobs.states import State
 from zcore.jobs.webhooks import AttemptOutcome
+from zcore.stages import Stage
 from zcore.storage import open_storage
 
 
@@ -130,10 +125,10 @@ def test_times_narrow_the_list(admin: Served, page: Page) -> None:
 def test_workers_that_are_there_are_named(admin: Served, page: Page) -> None:
     expect(page.get_by_text("No worker is present")).to_be_visible()
     with admin.database.write() as transaction:
-        presence.show(transaction, "painter-7", "zcore/demo/checkpoint", "cpu")
+        presence.show(transaction, "painter-7", "zcore/demo/checkpoint", "cpu", [Stage.GENERATE])
     page.reload()
     page.get_by_text("1 worker present").click()
-    expect(page.get_by_text("painter-7")).to_be_visible()
+    expect(page.get_by_text("painter-7 generate · cpu")).to_be_visible()
 
 
 def test_a_picture_is_shown_on_both_pages(admin: Served, page: Page) -> None:
@@ -172,6 +167,14 @@ def test_a_prompt_is_text_whatever_it_holds(admin: Served, page: Page) -> None:
     expect(page.get_by_role("region", name="Prompt").locator("p")).to_have_text(prompt)
     assert "taken" not in page.title().split(" · ")[1]
     assert page.locator("b").count() == 0
+
+
+def test_a_job_whose_prompt_waits_to_be_encoded_says_so(admin: Served, page: Page) -> None:
+    job = submit(admin.database, stage=Stage.ENCODE)
+    page.reload()
+    expect(page.get_by_role("cell", name="queued to encode")).to_be_visible()
+    page.goto(f"{admin.url}/admin/jobs/{job.id}")
+    expect(page.get_by_text("Next in the queue to encode")).to_be_visible()
 
 
 def test_a_queued_job_is_canceled(admin: Served, page: Page) -> None:
@@ -287,27 +290,3 @@ def narrow(page: Page, **moments: object) -> None:
     for name in ("created_from", "created_before"):
         page.locator(f"#{name}").fill(f"{moments[name]:%Y-%m-%dT%H:%M}" if name in moments else "")
     page.get_by_role("button", name="Filter").click()
-
-
-def natural_widths(page: Page, selector: str) -> list[int]:
-    """How wide the pictures are that have been loaded and understood."""
-    expect(page.locator(selector).first).to_be_visible()
-    loaded = "images => images.every(image => image.complete) && images.map(image => image.naturalWidth)"
-    return wait_until(lambda: page.locator(selector).evaluate_all(loaded))
-
-
-def painted(admin: Served, retention_s: float = RETENTION_S, n: int = 1, **fields: object) -> Job:
-    """A job that succeeded, its pictures in storage."""
-    job = submit(admin.database, n=n, **fields)
-    lease: Lease = claim(admin.database)
-    content = io.BytesIO()
-    Image.linear_gradient("L").resize((64, 64)).save(content, "PNG")
-    outputs: list[StoredOutput] = []
-    for position in range(n):
-        key = f"jobs/{job.id}/1-{position}.png"
-        admin.storage.put(key, content.getvalue(), "image/png")
-        example = picture(position)
-        outputs.append(StoredOutput(position, key, "png", 64, 64, len(content.getvalue()), "a" * 64, example.seed))
-    with admin.database.write() as transaction:
-        lifecycle.complete(transaction, lease, outputs, {"total_ms": 5}, {"device": "cpu"}, retention_s)
-        return queries.get(transaction, job.id)

@@ -9,6 +9,7 @@ from zcore.request import Delivery, GenerationRequest
 
 PROBLEMS = {
     ("post", "/api/generate"): {"400", "401", "413", "415", "422", "503"},
+    ("post", "/api/inputs"): {"400", "401", "413", "415", "503"},
     ("get", "/api/jobs"): {"400", "401", "503"},
     ("get", "/api/jobs/{job_id}"): {"401", "404", "503"},
     ("post", "/api/jobs/{job_id}/cancel"): {"401", "404", "503"},
@@ -94,6 +95,12 @@ def test_the_answer_has_exactly_the_fields_that_are_described(open_api: Api, doc
     accepted = document["paths"]["/api/generate"]["post"]["responses"]["202"]["content"]["application/json"]["schema"]
     described = _resolved(document, accepted)
     assert set(open_api.submit().json()) == set(described["properties"])
+
+
+def test_an_upload_is_described_as_a_file(document: dict[str, Any]) -> None:
+    body = document["paths"]["/api/inputs"]["post"]["requestBody"]
+    assert body["required"] is True
+    assert body["content"].keys() == {"image/*", "application/octet-stream"}
 
 
 def test_the_key_is_declared(document: dict[str, Any]) -> None:

@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
 
 from tests.integration.api.conftest import Api, pointers, problem
 from zcore.jobs import queries
-from zcore.request import SEED_BOUND
+from zcore.request import SEED_BOUND, GenerationRequest
 
 # The commands of the product's own description, word for word.
 CURL_PLAIN = """
@@ -83,10 +84,8 @@ def test_an_accepted_job_says_where_it_is_and_when_to_look(open_api: Api) -> Non
     assert job["status"] == "queued"
     assert job["queue_position"] >= 1
     assert job["metadata"] == {"order": 1}
-    assert job["request"] == {
-        "version": 1, "prompt": "a lighthouse", "template": None, "width": 128, "height": 64, "steps": 3,
-        "shift": 3.0, "seed": 7, "n": 2,
-    }  # fmt: skip
+    said = {"prompt": "a lighthouse", "width": 128, "height": 64, "steps": 3, "seed": 7, "n": 2}
+    assert job["request"] == msgspec.to_builtins(GenerationRequest(**said)), "everything is decided and written down"
     assert job["urls"] == {
         "self": f"{open_api.url}/api/jobs/{job['id']}",
         "cancel": f"{open_api.url}/api/jobs/{job['id']}/cancel",

@@ -13,8 +13,9 @@ from tests.integration.broker.cable import cable_to
 from tests.integration.installation import Installation
 from tests.services.redis import Redis
 from tests.waiting import wait_until
-from zcore.broker import DRAIN_TASK, GENERATE_QUEUE, PENDING_RINGS, Doorbell, make_app
+from zcore.broker import DRAIN_TASK, PENDING_RINGS, Doorbell, make_app, queue_of
 from zcore.settings import Settings
+from zcore.stages import Stage
 
 
 @pytest.fixture(params=["folder", "redis"])
@@ -30,7 +31,7 @@ def rings(settings: Settings) -> Iterator[Callable[[], list[dict[str, Any]]]]:
     app = make_app(settings)
     options = app.conf.broker_transport_options
     with Connection(app.conf.broker_url, transport_options=options) as connection:
-        queue = connection.SimpleQueue(GENERATE_QUEUE)
+        queue = connection.SimpleQueue(queue_of(Stage.GENERATE))
 
         def arrived() -> list[dict[str, Any]]:
             found = []
@@ -50,7 +51,7 @@ def test_a_ring_arrives_and_says_nothing_but_that(
     settings: Settings, rings: Callable[[], list[dict[str, Any]]]
 ) -> None:
     with closing(Doorbell(make_app(settings))) as doorbell:
-        doorbell.announce()
+        doorbell.announce(Stage.GENERATE)
         (ring,) = wait_until(rings)
     assert ring["task"] == DRAIN_TASK
     assert ring["argsrepr"] == "()"
@@ -60,7 +61,7 @@ def test_a_ring_arrives_and_says_nothing_but_that(
 def test_closing_rings_what_is_pending(settings: Settings, rings: Callable[[], list[dict[str, Any]]]) -> None:
     doorbell = Doorbell(make_app(settings))
     for _ in range(5):
-        doorbell.announce()
+        doorbell.announce(Stage.GENERATE)
     doorbell.close()
     assert len(rings()) == 5
 
@@ -74,7 +75,7 @@ def test_ringing_a_dead_or_hung_broker_takes_no_time_and_raises_nothing(tmp_path
         near = Installation(tmp_path, {"broker.url": f"redis://127.0.0.1:{cable.port}/0"}).settings
         with closing(Doorbell(make_app(near))) as doorbell:
             for _ in range(2 * PENDING_RINGS):
-                doorbell.announce()
+                doorbell.announce(Stage.GENERATE)
 
 
 def test_the_bell_rings_again_when_its_broker_is_back(tmp_path: Path, redis: Redis, redis_url: str) -> None:
@@ -82,9 +83,9 @@ def test_the_bell_rings_again_when_its_broker_is_back(tmp_path: Path, redis: Red
         near = Installation(tmp_path, {"broker.url": f"redis://127.0.0.1:{cable.port}/0"}).settings
         with closing(Doorbell(make_app(near))) as doorbell, Connection(redis_url) as connection:
             cable.cut()
-            doorbell.announce()
+            doorbell.announce(Stage.GENERATE)
             cable.plug()
-            doorbell.announce()
+            doorbell.announce(Stage.GENERATE)
             wait_until(lambda: length(connection) >= 1)
 
 
@@ -101,14 +102,14 @@ def test_an_error_of_any_kind_does_not_end_the_bell(settings: Settings, monkeypa
 
     monkeypatch.setattr(app, "send_task", send_task)
     with closing(Doorbell(app)) as doorbell:
-        doorbell.announce()
-        doorbell.announce()
+        doorbell.announce(Stage.GENERATE)
+        doorbell.announce(Stage.GENERATE)
         wait_until(rung.is_set)
 
 
 def length(connection: Connection) -> int:
     """How many rings wait in Redis."""
-    size: int = connection.default_channel.client.llen(f"zimage:{GENERATE_QUEUE}")
+    size: int = connection.default_channel.client.llen(f"zimage:{queue_of(Stage.GENERATE)}")
     return size
 
 

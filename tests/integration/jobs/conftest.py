@@ -9,7 +9,7 @@ from sqlalchemy import delete
 from tests.integration.jobs.examples import Clock
 from tests.services.postgres import Postgres
 from zcore.jobs.database import Database
-from zcore.jobs.models import Job, Worker
+from zcore.jobs.models import Input, Job, Worker
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def postgresql(shared_record_url: str, clock: Clock) -> Iterator[Database]:
         with opened.write() as transaction:
             transaction.session.execute(delete(Job))
             transaction.session.execute(delete(Worker))
+            transaction.session.execute(delete(Input))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Jobs for tests to look at: one call per state, each in transactions of its own, as the processes make them."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ from zcore.jobs.lifecycle import Failure, Lease, StoredOutput
 from zcore.jobs.models import Job
 from zcore.jobs.states import State
 from zcore.request import GenerationDefaults, RequestLimits, Submission, parse_submission
+from zcore.stages import Stage
 
 LEASE_S = 30.0
 RETENTION_S = 600.0
@@ -21,6 +22,7 @@ RETRY_DELAY_S = 2.0
 HOOK = "https://caller.example/told"
 
 SLIP = Failure("storage_unavailable", "the bucket did not answer", retryable=True)
+LOST = Failure("embedding_lost", "it is no longer in storage", retryable=True)
 DEFECT = Failure("model_unavailable", "a file of the checkpoint is missing", retryable=False)
 
 
@@ -43,16 +45,18 @@ def submission(**fields: Any) -> Submission:
     return parse_submission({"prompt": "a fox in snow", **fields}, GenerationDefaults(), RequestLimits())
 
 
-def submit(database: Database, owner: str = "anna", max_attempts: int = 3, **fields: Any) -> Job:
+def submit(
+    database: Database, owner: str = "anna", max_attempts: int = 3, stage: Stage = Stage.GENERATE, **fields: Any
+) -> Job:
     """A queued job."""
     with database.write() as transaction:
-        return lifecycle.submit(transaction, submission(**fields), owner, "0" * 64, max_attempts).job
+        return lifecycle.submit(transaction, submission(**fields), owner, "0" * 64, max_attempts, stage=stage).job
 
 
-def claim(database: Database, worker: str = "worker-1") -> Lease:
+def claim(database: Database, worker: str = "worker-1", stages: Collection[Stage] = tuple(Stage)) -> Lease:
     """The lease of the next best job, which has to be there."""
     with database.write() as transaction:
-        job = lifecycle.claim(transaction, worker, LEASE_S)
+        job = lifecycle.claim(transaction, worker, LEASE_S, stages)
     assert job is not None, "there was nothing to claim"
     return lifecycle.lease_of(job)
 
@@ -73,6 +77,18 @@ def fail(database: Database, lease: Lease, failure: Failure = SLIP) -> Job | Non
     """The lease's job after a failed attempt; None when the lease is lost."""
     with database.write() as transaction:
         return lifecycle.fail(transaction, lease, failure, RETRY_DELAY_S)
+
+
+def pass_on(database: Database, lease: Lease) -> Job | None:
+    """The lease's job after its prompt was encoded; None when the lease is lost."""
+    with database.write() as transaction:
+        return lifecycle.pass_on(transaction, lease, {"encode_ms": 7}, {"encoder": "cpu"})
+
+
+def reencode(database: Database, lease: Lease) -> Job | None:
+    """The lease's job after its embedding was not found; None when the lease is lost."""
+    with database.write() as transaction:
+        return lifecycle.reencode(transaction, lease, LOST)
 
 
 def cancel(database: Database, job_id: uuid.UUID) -> Job:

@@ -34,6 +34,9 @@ UNLAWFUL = [
     (State.EXPIRED, "expires_at = NULL", "pictures_expire"),
     (State.QUEUED, "attempt = -1", "attempts_counted"),
     (State.QUEUED, "attempts_left = -1", "attempts_counted"),
+    (State.QUEUED, "stage = 'dream'", "stage_known"),
+    (State.QUEUED, "embedding_attempt = 1", "embedding_has_attempt"),
+    (State.RUNNING, "embedding_attempt = 0", "embedding_has_attempt"),
 ]
 
 

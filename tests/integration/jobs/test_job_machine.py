@@ -38,6 +38,8 @@ from tests.integration.jobs.examples import (
     claim,
     complete,
     fail,
+    pass_on,
+    reencode,
     rescue,
     submit,
 )
@@ -46,11 +48,14 @@ from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.jobs.lifecycle import Lease
 from zcore.jobs.models import Event, Job, Output, WebhookEvent
-from zcore.jobs.states import TRANSITIONS, State
+from zcore.jobs.states import TERMINAL, TRANSITIONS, State
+from zcore.stages import Stage
 
 SILENT_S = 10.0
 ATTEMPTS = st.integers(1, 3)
 WORKERS = st.sampled_from(["worker-1", "worker-2", "worker-3"])
+STAGES = st.sampled_from(list(Stage))
+SERVED = st.sampled_from([(Stage.ENCODE,), (Stage.GENERATE,), tuple(Stage)])
 
 
 @dataclass
@@ -63,6 +68,9 @@ class Expected:
     attempts_left: int
     available_at: datetime
     announced_at: datetime | None
+    stage: Stage = Stage.GENERATE
+    embedding_attempt: int | None = None
+    stored: set[int] = field(default_factory=set)  # the attempts whose embeddings lie in storage
     status: State = State.QUEUED
     attempt: int = 0
     lease: Lease | None = None
@@ -94,12 +102,13 @@ class JobMachine(RuleBasedStateMachine):
         self.database, self.clock = database, clock
         self.expected: dict[uuid.UUID, Expected] = {}
         self.given: list[Lease] = []
+        self.encoders: dict[Lease, int] = {}  # the leases of those who only encode, with their attempt
 
     @initialize(target=jobs, max_attempts=ATTEMPTS)
     def begin(self, max_attempts: int) -> MultipleResults[uuid.UUID]:
         with self.database.write() as transaction:
             transaction.session.execute(delete(Job))
-        return multiple(self.submit_one(0, True, max_attempts), self.submit_one(0, False, max_attempts))
+        return multiple(*[self.submit_one(0, stage is Stage.ENCODE, max_attempts, stage) for stage in Stage])
 
     # What callers do
 
@@ -108,9 +117,10 @@ class JobMachine(RuleBasedStateMachine):
         priorities=st.lists(st.integers(-1, 1), min_size=1, max_size=2),
         hook=st.booleans(),
         max_attempts=ATTEMPTS,
+        stage=STAGES,
     )
-    def submit(self, priorities: list[int], hook: bool, max_attempts: int) -> MultipleResults[uuid.UUID]:
-        return multiple(*[self.submit_one(priority, hook, max_attempts) for priority in priorities])
+    def submit(self, priorities: list[int], hook: bool, max_attempts: int, stage: Stage) -> MultipleResults[uuid.UUID]:
+        return multiple(*[self.submit_one(priority, hook, max_attempts, stage) for priority in priorities])
 
     @rule(job_id=jobs)
     def cancel(self, job_id: uuid.UUID) -> None:
@@ -122,52 +132,73 @@ class JobMachine(RuleBasedStateMachine):
             job.events.append("cancel_requested")
         assert cancel(self.database, job_id).status == job.status
 
-    @rule(lease=leases, max_attempts=ATTEMPTS)
-    def change_mind(self, lease: Lease, max_attempts: int) -> None:
+    @rule(lease=leases, max_attempts=ATTEMPTS, stage=STAGES)
+    def change_mind(self, lease: Lease, max_attempts: int, stage: Stage) -> None:
         """Somebody retries what ended badly, and cancels everything else."""
         if self.expected[lease.job_id].status in (State.FAILED, State.CANCELED):
-            self.retry(lease.job_id, max_attempts)
+            self.retry(lease.job_id, max_attempts, stage)
         else:
             self.cancel(lease.job_id)
 
-    @rule(job_id=jobs, max_attempts=ATTEMPTS)
-    def retry(self, job_id: uuid.UUID, max_attempts: int) -> None:
+    @rule(job_id=jobs, max_attempts=ATTEMPTS, stage=STAGES)
+    def retry(self, job_id: uuid.UUID, max_attempts: int, stage: Stage) -> None:
         job = self.expected[job_id]
         if job.status not in (State.FAILED, State.CANCELED):
             with pytest.raises(Conflict), self.database.write() as transaction:
-                lifecycle.retry(transaction, job_id, max_attempts)
+                lifecycle.retry(transaction, job_id, max_attempts, stage)
             return
         with self.database.write() as transaction:
-            lifecycle.retry(transaction, job_id, max_attempts)
+            lifecycle.retry(transaction, job_id, max_attempts, stage)
         job.become(State.QUEUED, "retried")
+        if job.embedding_attempt is None:
+            job.stage = stage
         job.attempts_left, job.wish = max_attempts, False
         job.available_at = job.announced_at = self.clock.now
 
     # What workers do, the dead ones too: a lease stays in hand however long it has been lost
 
-    @rule(target=leases, worker=WORKERS, doorbells=st.integers(1, 3))
-    def wake(self, worker: str, doorbells: int) -> MultipleResults[Lease]:
+    @rule(target=leases, worker=WORKERS, doorbells=st.integers(1, 3), stages=SERVED)
+    def wake(self, worker: str, doorbells: int, stages: tuple[Stage, ...]) -> MultipleResults[Lease]:
         """A doorbell, perhaps rung more than once: each wakes a worker that takes what is best, or leaves."""
         taken = []
         for _ in range(doorbells):
-            best = self.best()
+            best = self.best(stages)
             if best is None:
                 with self.database.write() as transaction:
-                    assert lifecycle.claim(transaction, worker, LEASE_S) is None
+                    assert lifecycle.claim(transaction, worker, LEASE_S, stages) is None
                 continue
-            lease = claim(self.database, worker)
+            lease = claim(self.database, worker, stages)
             assert lease.job_id == best.id
             best.become(State.RUNNING, "claimed")
             best.attempt, best.attempts_left = best.attempt + 1, best.attempts_left - 1
             best.lease, best.lease_until = lease, self.clock.now + timedelta(seconds=LEASE_S)
+            if stages == (Stage.ENCODE,):
+                best.embedding_attempt = best.attempt
+                self.encoders[lease] = best.attempt
             taken.append(lease)
         self.given += taken
         return multiple(*taken)
 
-    @rule(target=leases, worker=WORKERS, ending=st.sampled_from(["complete", "slip", "defect", "hand_back", "wish"]))
-    def work(self, worker: str, ending: str) -> MultipleResults[Lease]:
+    @rule(target=leases, worker=WORKERS, dies=st.sampled_from(["never", "before", "after"]))
+    def encode(self, worker: str, dies: str) -> MultipleResults[Lease]:
+        """A worker without a GPU that gets through one job, unless it dies before or after its object is stored."""
+        taken = self.wake(worker, 1, (Stage.ENCODE,))
+        for lease in taken.values:
+            if dies != "before":
+                self.store_embedding(lease)
+            if dies == "never":
+                self.pass_on(lease)
+        return taken
+
+    @rule(
+        target=leases,
+        worker=WORKERS,
+        ending=st.sampled_from(["complete", "slip", "defect", "hand_back", "wish", "no embedding"]),
+        stages=st.sampled_from([(Stage.GENERATE,), tuple(Stage)]),
+    )
+    def work(self, worker: str, ending: str, stages: tuple[Stage, ...]) -> MultipleResults[Lease]:
         """A worker that gets through one job, or as far as it gets."""
-        taken = self.wake(worker, 1)
+        taken = self.wake(worker, 1, stages)
         for lease in taken.values:
             self.beat(lease)
             match ending:
@@ -177,6 +208,8 @@ class JobMachine(RuleBasedStateMachine):
                     self.fail(lease, retryable=ending == "slip")
                 case "hand_back":
                     self.hand_back(lease)
+                case "no embedding":
+                    self.reencode(lease)
                 case _:
                     self.cancel(lease.job_id)
                     self.see_the_wish(lease)
@@ -229,6 +262,45 @@ class JobMachine(RuleBasedStateMachine):
             job.attempts_left, job.announced_at = job.attempts_left + 1, None
 
     @rule(lease=leases)
+    def store_embedding(self, lease: Lease) -> None:
+        """An encoder's object is in storage; one that finds its lease lost then takes its own away again."""
+        attempt = self.encoders.get(lease)
+        if attempt is not None:
+            self.expected[lease.job_id].stored |= {attempt} if self.holder(lease) else set()
+
+    @rule(lease=leases)
+    def pass_on(self, lease: Lease) -> None:
+        """Of an encoder's lease, as no other worker has anything to pass on."""
+        if lease not in self.encoders:
+            return
+        self.store_embedding(lease)
+        job = self.holder(lease)
+        assert (pass_on(self.database, lease) is None) == (job is None)
+        if job is None:
+            return
+        if job.wish:
+            job.become(State.CANCELED, "canceled")
+        else:
+            job.become(State.QUEUED, "encoded")
+            job.stage, job.attempts_left = Stage.GENERATE, job.attempts_left + 1
+            job.available_at = job.announced_at = self.clock.now
+
+    @rule(lease=leases)
+    def reencode(self, lease: Lease) -> None:
+        job = self.holder(lease)
+        assert (reencode(self.database, lease) is None) == (job is None)
+        if job is None:
+            return
+        if job.wish:
+            job.become(State.CANCELED, "canceled")
+        elif job.embedding_attempt is None or job.attempts_left > 0:
+            job.become(State.QUEUED, "sent_to_encode")
+            job.attempts_left += 1 if job.embedding_attempt is None else 0
+            job.stage, job.announced_at = Stage.ENCODE, self.clock.now
+        else:
+            job.become(State.FAILED, "failed")
+
+    @rule(lease=leases)
     def see_the_wish(self, lease: Lease) -> None:
         job = self.holder(lease)
         canceled = job is not None and job.wish
@@ -252,6 +324,7 @@ class JobMachine(RuleBasedStateMachine):
             self.rescue()
             self.announce()
             self.expire()
+            self.clear_embeddings()
 
     # What always holds
 
@@ -273,6 +346,9 @@ class JobMachine(RuleBasedStateMachine):
             assert allowed_ends(story) == {job.status}
             assert story.count("succeeded") <= 1
             assert [webhook.type for webhook in webhooks if webhook.job_id == job_id] == job.told
+            # No object without a row that knows of it, so that none stays when the job has ended.
+            assert not job.stored or job.embedding_attempt is not None
+            assert all(attempt <= job.attempt for attempt in job.stored)
 
     def teardown(self) -> None:
         """Of all the leases ever given, no two are good for one job; asked of the database without changing it."""
@@ -282,10 +358,11 @@ class JobMachine(RuleBasedStateMachine):
         assert len({lease.job_id for lease in good}) == len(good)
         assert {lease.token for lease in good} == {job.lease.token for job in self.expected.values() if job.lease}
 
-    def submit_one(self, priority: int, hook: bool, max_attempts: int) -> uuid.UUID:
-        job = submit(self.database, priority=priority, webhook_url=HOOK if hook else None, max_attempts=max_attempts)
+    def submit_one(self, priority: int, hook: bool, max_attempts: int, stage: Stage) -> uuid.UUID:
+        url = HOOK if hook else None
+        job = submit(self.database, priority=priority, webhook_url=url, max_attempts=max_attempts, stage=stage)
         now = self.clock.now
-        self.expected[job.id] = Expected(job.id, priority, hook, max_attempts, available_at=now, announced_at=now)
+        self.expected[job.id] = Expected(job.id, priority, hook, max_attempts, now, now, stage)
         return job.id
 
     def rescue(self) -> None:
@@ -301,17 +378,16 @@ class JobMachine(RuleBasedStateMachine):
                 job.become(State.FAILED, "failed")
 
     def announce(self) -> None:
-        silent = [
-            job
-            for job in self.expected.values()
-            if job.status is State.QUEUED
-            and job.available_at <= self.clock.now
-            and (job.announced_at is None or job.announced_at < self.clock.now - timedelta(seconds=SILENT_S))
-        ]
-        with self.database.write() as transaction:
-            assert lifecycle.mark_announced(transaction, SILENT_S, 100) == len(silent)
-        for job in silent:
-            job.announced_at = self.clock.now
+        for stage in Stage:
+            silent = [
+                job
+                for job in self.due([stage])
+                if job.announced_at is None or job.announced_at < self.clock.now - timedelta(seconds=SILENT_S)
+            ]
+            with self.database.write() as transaction:
+                assert lifecycle.mark_announced(transaction, stage, SILENT_S, 100) == len(silent)
+            for job in silent:
+                job.announced_at = self.clock.now
 
     def expire(self) -> None:
         over = [job for job in self.expected.values() if job.status is State.SUCCEEDED and self.is_over(job)]
@@ -322,15 +398,28 @@ class JobMachine(RuleBasedStateMachine):
         for job in over:
             job.become(State.EXPIRED, "expired")
 
+    def clear_embeddings(self) -> None:
+        """Every ended job's are gone afterwards; those of jobs that go on are not touched."""
+        over = [job for job in self.expected.values() if job.status in TERMINAL and job.embedding_attempt is not None]
+        with self.database.write() as transaction:
+            ended = queries.ended_with_embedding(transaction, 100)
+            assert {job.id for job in ended} == {job.id for job in over}
+            assert all(lifecycle.forget_embeddings(transaction, job.id, job.attempt) for job in ended)
+        for job in over:
+            job.embedding_attempt = None
+            job.stored -= set(range(1, job.attempt + 1))
+
     def is_over(self, job: Expected) -> bool:
         return job.expires_at is not None and job.expires_at <= self.clock.now
 
-    def best(self) -> Expected | None:
-        """The job that a worker has to get."""
-        waiting = [
-            job for job in self.expected.values() if job.status is State.QUEUED and job.available_at <= self.clock.now
-        ]
-        return min(waiting, key=lambda job: (-job.priority, job.id), default=None)
+    def due(self, stages: Sequence[Stage]) -> list[Expected]:
+        """Queued jobs at these stages whose time has come."""
+        queued = [job for job in self.expected.values() if job.status is State.QUEUED and job.stage in stages]
+        return [job for job in queued if job.available_at <= self.clock.now]
+
+    def best(self, stages: Sequence[Stage]) -> Expected | None:
+        """The job that a worker of these stages has to get."""
+        return min(self.due(stages), key=lambda job: (-job.priority, job.id), default=None)
 
     def holder(self, lease: Lease) -> Expected | None:
         """The job whose lease this still is."""
@@ -346,6 +435,7 @@ def compare(row: Row[Any], job: Expected) -> None:
     assert (row.cancel_requested_at is not None) == job.wish
     assert (row.available_at, row.announced_at) == (job.available_at, job.announced_at)
     assert row.expires_at == job.expires_at
+    assert (row.stage, row.embedding_attempt) == (job.stage, job.embedding_attempt)
     if row.status == State.QUEUED:
         assert row.attempts_left > 0
         assert row.cancel_requested_at is None
@@ -380,4 +470,6 @@ def test_a_story_that_the_law_forbids_leads_nowhere() -> None:
     assert allowed_ends(["queued", "claimed", "succeeded"]) == {State.SUCCEEDED}
     assert allowed_ends(["queued", "succeeded"]) == set()
     assert allowed_ends(["queued", "claimed", "succeeded", "retried"]) == set()
+    assert allowed_ends(["queued", "claimed", "encoded", "claimed", "succeeded"]) == {State.SUCCEEDED}
+    assert allowed_ends(["queued", "encoded"]) == set()
     assert allowed_ends(["claimed"]) == set()

@@ -15,10 +15,11 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect
 
-from tests.integration.jobs.examples import look, submit
+from tests.integration.jobs.examples import events, look, submit
 from tests.services.postgres import Postgres
 from zcore.jobs.database import Database
 from zcore.jobs.models import Table
+from zcore.stages import Stage
 
 TREE = Path(__file__).resolve().parents[3]
 
@@ -96,7 +97,7 @@ def test_migrated_tables_equal_those_made_from_the_models_to_the_letter(pair: Pa
         expected, found = shape(modelled.engine), shape(migrated.engine)
     assert sorted(found) == sorted(Table.metadata.tables)
     assert found == expected
-    assert len(found["jobs"]["checks"]) == 6
+    assert len(found["jobs"]["checks"]) == 8
 
 
 def test_down_to_the_first_revision_and_up_again(pair: Pair) -> None:
@@ -113,6 +114,16 @@ def test_upgrading_twice_keeps_what_is_stored(pair: Pair) -> None:
         job = submit(database)
         command.upgrade(settings_of_alembic(pair.migrated), "head")
         assert look(database, job.id).prompt == job.prompt
+
+
+def test_what_was_recorded_before_there_were_stages_is_kept_and_waits_to_be_painted(pair: Pair) -> None:
+    with closing(Database(pair.migrated)) as database:
+        job = submit(database, stage=Stage.ENCODE)
+        command.downgrade(settings_of_alembic(pair.migrated), "0001")
+        command.upgrade(settings_of_alembic(pair.migrated), "head")
+        kept = look(database, job.id)
+        assert (kept.prompt, kept.stage, kept.embedding_attempt) == (job.prompt, Stage.GENERATE, None)
+        assert events(database, job.id) == ["queued"]
 
 
 def test_revisions_form_one_line() -> None:

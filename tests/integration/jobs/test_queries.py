@@ -30,6 +30,7 @@ from zcore.jobs.database import Database
 from zcore.jobs.models import Job, WebhookAttempt
 from zcore.jobs.queries import JobFilter, Page
 from zcore.jobs.states import State
+from zcore.stages import Stage
 
 PAGES_AT_MOST = 50  # a list of so few jobs has ended long before
 
@@ -249,12 +250,14 @@ def test_counts_name_every_state(database: Database, clock: Clock) -> None:
 def fill(database: Database, clock: Clock, count: int) -> None:
     """Many ended jobs of many owners, as after a year, and the statistics of them."""
     done = row(job_in(State.SUCCEEDED, database, clock))
-    fresh = [
-        done | {"id": lifecycle.new_id(), "owner": f"owner-{number % 50}", "expires_at": clock.now + timedelta(number)}
-        for number in range(count)
-    ]
+    owners = [{"owner": f"owner-{number % 50}", "expires_at": clock.now + timedelta(number)} for number in range(count)]
+    copy(database, done, owners)
+
+
+def copy(database: Database, original: dict[str, Any], changes: list[dict[str, Any]]) -> None:
+    """As many rows as there are changes to one, and the statistics of them."""
     with database.write() as transaction:
-        transaction.session.execute(insert(Job), fresh)
+        transaction.session.execute(insert(Job), [original | {"id": lifecycle.new_id()} | change for change in changes])
     with database.write() as transaction:
         transaction.session.execute(text("ANALYZE"))
 
@@ -282,7 +285,9 @@ def test_what_is_asked_all_day_is_answered_by_an_index_without_sorting(database:
     few_run = r"ix_jobs_(lease|status_id)"  # either finds them, and they are as few as there are workers
     questions: list[tuple[str, Any]] = [
         ("ix_jobs_queue", lambda transaction: lifecycle.claim(transaction, "worker-1", LEASE_S)),
-        ("ix_jobs_queue", lambda transaction: lifecycle.mark_announced(transaction, 10, 10)),
+        (r"ix_jobs_(stage_)?queue", lambda transaction: lifecycle.claim(transaction, "cpu-1", LEASE_S, [Stage.ENCODE])),
+        (r"ix_jobs_(stage_)?queue", lambda transaction: lifecycle.mark_announced(transaction, Stage.ENCODE, 10, 10)),
+        ("ix_jobs_embedding", lambda transaction: queries.ended_with_embedding(transaction, 10)),
         (few_run, lifecycle.rescue),
         ("ix_jobs_expiry", lambda transaction: queries.past_retention(transaction, 10)),
         ("ix_jobs_owner_id", lambda transaction: queries.page(transaction, JobFilter(owner="owner-7"), None, 10)),
@@ -292,6 +297,19 @@ def test_what_is_asked_all_day_is_answered_by_an_index_without_sorting(database:
         found = plan(database, ask)
         assert re.search(index, found)
         assert "sort" not in found.lower()
+        assert "temp b-tree" not in found.lower()
+
+
+def test_a_long_queue_at_one_stage_is_not_read_through_by_workers_of_the_other(database: Database) -> None:
+    submit(database, priority=-1)
+    copy(database, row(submit(database, stage=Stage.ENCODE)), [{}] * 3000)
+    questions: list[Any] = [
+        lambda transaction: lifecycle.claim(transaction, "gpu-1", LEASE_S, [Stage.GENERATE]),
+        lambda transaction: lifecycle.mark_announced(transaction, Stage.GENERATE, 10, 10),
+    ]
+    for ask in questions:
+        found = plan(database, ask)
+        assert "ix_jobs_stage_queue" in found
         assert "temp b-tree" not in found.lower()
 
 

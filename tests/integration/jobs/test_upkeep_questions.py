@@ -23,13 +23,14 @@ from tests.integration.jobs.examples import (
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.jobs.states import State
+from zcore.stages import Stage
 
 SILENT_S = 10.0
 
 
-def mark_announced(database: Database, at_most: int = 100) -> int:
+def mark_announced(database: Database, at_most: int = 100, stage: Stage = Stage.GENERATE) -> int:
     with database.write() as transaction:
-        return lifecycle.mark_announced(transaction, SILENT_S, at_most)
+        return lifecycle.mark_announced(transaction, stage, SILENT_S, at_most)
 
 
 def test_a_job_expires_when_its_retention_is_over_and_not_before(database: Database, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""A customer's webhook server for tests: it answers as told, and remembers what it was sent."""
+"""A customer's server for tests, of webhooks and of pictures: it answers as told, and remembers what it was sent."""
 
 import socket
 import threading
@@ -64,8 +64,11 @@ def receiving() -> Iterator[Receiver]:
     """A receiver on a loopback port."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_POST()
+
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
             with receiver.lock:
                 receiver.told.append(Told(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
                 answer = receiver.answers.pop(0) if len(receiver.answers) > 1 else receiver.answers[0]

@@ -10,16 +10,20 @@ from uuid import UUID
 
 import pytest
 
-from tests.integration.worker.painter import Painter
+from tests.integration.worker.painter import Bell, Painter, Scribe, read_embedding, write_embedding
 from tests.waiting import wait_until
+from worker.encode import Encoder
 from worker.generate import Generator
+from worker.inputs import InputSource
+from worker.loop import Workplace
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
 from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job
 from zcore.request import GenerationDefaults, RequestLimits, parse_submission
-from zcore.settings import JobsSettings, WorkerSettings
+from zcore.settings import JobsSettings, WebhooksSettings, WorkerSettings
+from zcore.stages import Stage
 from zcore.storage import DirectoryStorage
 
 
@@ -50,31 +54,43 @@ class Studio:
     database: Database
     storage: ShakyStorage
     painter: Painter
+    scribe: Scribe
+    bell: Bell
     ended: threading.Event
     broken: threading.Event = field(default_factory=threading.Event)
+    web: WebhooksSettings = field(default_factory=lambda: WebhooksSettings(allow_private_addresses=True))
 
     def generator(
         self, grace_s: float = 60, name: str = "worker-1", painter: Painter | None = None, **changed: Any
     ) -> tuple[Generator, Shutdown]:
         """A worker, and its wish to end."""
+        place = self.workplace(name, grace_s, **changed)
+        inputs = InputSource(self.database, self.storage, self.web, RequestLimits().max_input_bytes)
+        made = Generator(painter or self.painter, read_embedding, inputs, place)  # type: ignore[arg-type]
+        return made, place.shutdown
+
+    def encoder(
+        self, grace_s: float = 60, name: str = "encoder-1", scribe: Scribe | None = None, **changed: Any
+    ) -> tuple[Encoder, Shutdown]:
+        """A worker that only encodes, and its wish to end."""
+        place = self.workplace(name, grace_s, stages=(Stage.ENCODE,), **changed)
+        return Encoder(scribe or self.scribe, write_embedding, place), place.shutdown
+
+    def workplace(self, name: str, grace_s: float, **changed: Any) -> Workplace:
+        """What either works with."""
         given = {"lease_s": 30.0, "retry_delay_s": 0.0, "upload_retry_s": 30.0, "progress_interval_s": 0.02, **changed}
-        jobs = JobsSettings(lease_s=given["lease_s"], retry_delay_s=given["retry_delay_s"], retention_s=600)
-        settings = WorkerSettings(
-            progress_interval_s=given["progress_interval_s"], upload_retry_s=given["upload_retry_s"]
-        )
-        shutdown = Shutdown(grace_s)
-        made = Generator(
-            painter or self.painter,
+        jobs = JobsSettings(lease_s=given.pop("lease_s"), retry_delay_s=given.pop("retry_delay_s"), retention_s=600)
+        return Workplace(
             self.database,
             self.storage,
             jobs,
-            settings,
+            WorkerSettings(**given),
             name,
-            shutdown,
+            Shutdown(grace_s),
+            self.bell,
             self.ended.set,
             self.broken.set,
-        )  # type: ignore[arg-type]
-        return made, shutdown
+        )
 
     def work(self, **changed: Any) -> int:
         """Everything that is due, painted and stored; the number of jobs taken."""
@@ -83,12 +99,17 @@ class Studio:
         generator.finish()
         return taken
 
-    def submit(self, max_attempts: int = 3, **fields: Any) -> UUID:
+    def encode(self, **changed: Any) -> int:
+        """Every prompt that is due, encoded and stored; the number of jobs taken."""
+        encoder, _ = self.encoder(**changed)
+        return encoder.drain()
+
+    def submit(self, max_attempts: int = 3, stage: Stage = Stage.GENERATE, **fields: Any) -> UUID:
         """A queued job."""
         body = {"prompt": "a fox", "width": 64, "height": 64, "steps": 4, **fields}
         submission = parse_submission(body, GenerationDefaults(), RequestLimits())
         with self.database.write() as transaction:
-            return lifecycle.submit(transaction, submission, "anna", "0" * 64, max_attempts).job.id
+            return lifecycle.submit(transaction, submission, "anna", "0" * 64, max_attempts, stage=stage).job.id
 
     def look(self, job_id: UUID) -> Job:
         """The row as it stands."""
@@ -129,4 +150,4 @@ def studio(each_database_url: str, tmp_path: Path) -> Iterator[Studio]:
     storage.root = tmp_path / "storage"
     storage.prepare()
     with closing(Database(each_database_url)) as database:
-        yield Studio(database, storage, Painter(), threading.Event())
+        yield Studio(database, storage, Painter(), Scribe(), Bell(), threading.Event())

@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 
 from tests.integration.broker.cable import cable_to
 from tests.integration.worker.conftest import ShakyStorage, Studio
-from tests.integration.worker.painter import Painter
+from tests.integration.worker.painter import Bell, Painter, Scribe
 from tests.services.postgres import Postgres
 from tests.waiting import wait_until
 from zcore.errors import InvalidRequest
@@ -326,7 +326,7 @@ def test_a_database_that_is_gone_when_the_pictures_are_stored_loses_no_job(
     with cable_to(postgres.url.port) as cable, closing(Database(database_url)) as direct:
         remote = make_url(database_url).set(port=cable.port).render_as_string(hide_password=False)
         with closing(Database(remote)) as database:
-            studio = Studio(database, storage, Painter(), threading.Event())
+            studio = Studio(database, storage, Painter(), Scribe(), Bell(), threading.Event())
             job_id = studio.submit()
             storage.after_put = lambda _key: cable.cut()
             studio.work(lease_s=1.0)
@@ -355,7 +355,7 @@ def test_a_database_that_is_silent_for_longer_than_the_lease_stops_the_painting(
     with cable_to(postgres.url.port) as cable:
         remote = make_url(database_url).set(port=cable.port).render_as_string(hide_password=False)
         with closing(Database(remote)) as database:
-            studio = Studio(database, storage, Painter(), threading.Event())
+            studio = Studio(database, storage, Painter(), Scribe(), Bell(), threading.Event())
             studio.submit(steps=50)
 
             def go_silent(_request: GenerationRequest, step: int) -> None:

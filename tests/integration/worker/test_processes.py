@@ -34,6 +34,7 @@ from zcore.jobs.database import Database
 from zcore.jobs.lifecycle import StoredOutput
 from zcore.jobs.models import Job
 from zcore.request import GenerationDefaults, RequestLimits, parse_submission
+from zcore.stages import Stage
 
 QUICK = {"width": 64, "height": 64, "steps": 2}
 LONG = {"width": 256, "height": 256, "steps": 50, "n": 8}
@@ -126,7 +127,7 @@ def test_a_worker_started_before_its_database_waits_and_says_so(wired: Wired) ->
 
 def test_a_ring_wakes_the_worker_and_the_picture_is_the_requests(wired: Wired) -> None:
     job_id = submit(wired.database, seed=42, n=2)
-    wired.doorbell.announce()
+    wired.doorbell.announce(Stage.GENERATE)
     job = wait_for(wired.database, job_id, "succeeded")
     storage = wired.running.log.parent / "storage"
     for output in job.outputs:
@@ -138,7 +139,7 @@ def test_a_ring_wakes_the_worker_and_the_picture_is_the_requests(wired: Wired) -
 
 def test_progress_is_seen_and_a_cancel_frees_the_worker(wired: Wired) -> None:
     job_id = submit(wired.database, **LONG)
-    wired.doorbell.announce()
+    wired.doorbell.announce(Stage.GENERATE)
     wait_for_progress(wired.database, job_id, 2)
     running = look(wired.database, job_id)
     assert (running.status, running.progress_phase, running.progress_steps) == ("running", "denoise", 400)
@@ -147,13 +148,13 @@ def test_progress_is_seen_and_a_cancel_frees_the_worker(wired: Wired) -> None:
     job = wait_for(wired.database, job_id, "canceled")
     assert job.progress_step < 200
     after = submit(wired.database)
-    wired.doorbell.announce()
+    wired.doorbell.announce(Stage.GENERATE)
     wait_for(wired.database, after, "succeeded")
 
 
 def test_an_outage_of_the_database_shorter_than_the_lease_costs_no_attempt(wired: Wired) -> None:
     job_id = submit(wired.database, **{**LONG, "n": 1})
-    wired.doorbell.announce()
+    wired.doorbell.announce(Stage.GENERATE)
     wait_for_progress(wired.database, job_id, 1)
     wired.to_database.cut()
     wait_until(lambda: told(wired.running, "job.heartbeat_failed"))
@@ -164,7 +165,7 @@ def test_an_outage_of_the_database_shorter_than_the_lease_costs_no_attempt(wired
 def test_a_broker_that_goes_and_comes_back_empty_loses_no_job(wired: Wired, redis: Redis) -> None:
     wired.to_broker.cut()
     jobs = [submit(wired.database) for _ in range(3)]
-    wired.doorbell.announce()
+    wired.doorbell.announce(Stage.GENERATE)
     redis.flush()
     wired.to_broker.plug()
     for job_id in jobs:
@@ -173,7 +174,7 @@ def test_a_broker_that_goes_and_comes_back_empty_loses_no_job(wired: Wired, redi
 
 def test_asked_to_leave_it_finishes_the_job_in_hand(wired: Wired) -> None:
     in_hand, waiting = submit(wired.database, **{**LONG, "n": 1}), submit(wired.database)
-    wired.doorbell.announce()
+    wired.doorbell.announce(Stage.GENERATE)
     wait_for_progress(wired.database, in_hand, 1)
     wired.running.send(signal.SIGTERM)
     assert wired.running.process.wait(60) == 0
@@ -204,7 +205,7 @@ def test_a_worker_killed_in_mid_job_is_survived_and_one_without_time_hands_back(
     ):
         wait_until(lambda: told(first, "worker.ready"), timeout_s=START_S)
         killed_in = submit(database, **{**LONG, "n": 1})
-        doorbell.announce()
+        doorbell.announce(Stage.GENERATE)
         wait_for_progress(database, killed_in, 1)
         first.send(signal.SIGKILL)
         first.process.wait(10)
@@ -218,7 +219,7 @@ def test_a_worker_killed_in_mid_job_is_survived_and_one_without_time_hands_back(
             assert [output.key for output in job.outputs] == [f"jobs/{killed_in}/2-0.png"]
 
             left_in = submit(database, **LONG)
-            doorbell.announce()
+            doorbell.announce(Stage.GENERATE)
             wait_for_progress(database, left_in, 1)
             second.send(signal.SIGTERM)
             assert second.process.wait(30) == 0
@@ -231,6 +232,7 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, migrated_file: 
     refusals = {
         "pytorch.use_custom_scheduler=true": "worker: pytorch.use_custom_scheduler: is understood, but this version "
         "cannot honour it yet",
+        'worker.stages=["generate"]': "worker: worker.stages: only `generate`, but jobs.split_encoding is off",
         "nonsense": "worker: `nonsense`: settings are given as name=value",
     }
     shutil.copy(migrated_file, tmp_path / "zimage.db")

@@ -162,11 +162,11 @@ def test_a_plan_has_a_table_a_step_made_of_the_places(tiny_folder: Path) -> None
     for step in (0, 5):
         turns = axis_turns(dype, THETA, dims, (6, 10), LEVELS[step])
         table = plan.rotary_at(step)
-        assert table.cos.shape == (1, 96, 32)
+        assert table.first.shape == (1, 96, 16, 2)
         angles = torch.cat([places[:, i, None] * one.frequencies for i, one in enumerate(turns)], -1)
         lengths = torch.cat([torch.full((len(one.frequencies),), one.amplitude) for one in turns])
-        assert torch.allclose(table.cos[0, :, ::2], (angles.cos() * lengths).float(), atol=1e-5)
-        assert torch.allclose(table.sin[0, :, 1::2], (angles.sin() * lengths).float(), atol=1e-5)
+        assert torch.allclose(table.first[0, ..., 0], (angles.cos() * lengths).float(), atol=1e-5)
+        assert torch.allclose(table.first[0, ..., 1], (angles.sin() * lengths).float(), atol=1e-5)
 
 
 def painted(pipeline: ZImagePipeline, **fields: Any) -> bytes:

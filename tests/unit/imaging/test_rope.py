@@ -17,10 +17,9 @@ def test_every_place_that_there_is_has_the_table_of_diffusers(layout: tuple[floa
     places = torch.stack([torch.arange(1536), torch.arange(1536) % 512, 511 - torch.arange(1536) % 512], 1)
     ours = rotary(places, frequencies(theta, dims), CPU)
     expected = RopeEmbedder(theta, dims, lengths)(places)
-    assert ours.cos.dtype == ours.sin.dtype == torch.float32
-    assert torch.equal(ours.cos, expected.real.repeat_interleave(2, -1))
-    assert torch.equal(ours.sin[:, 1::2], expected.imag)
-    assert torch.equal(ours.sin[:, 0::2], -expected.imag)
+    assert ours.first.dtype == ours.second.dtype == torch.float32
+    assert torch.equal(ours.first, torch.stack((expected.real, expected.imag), -1))
+    assert torch.equal(ours.second, torch.stack((-expected.imag, expected.real), -1))
 
 
 def test_a_caption_counts_through_its_padding_and_a_picture_stands_behind_it() -> None:
@@ -40,7 +39,7 @@ def test_turning_is_the_complex_product(dtype: torch.dtype) -> None:
     turns = RopeEmbedder(*DEMO)(places)[None, :, None]
     expected = torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns).flatten(3)
     assert torch.equal(turn(x, table), expected.to(dtype))
-    each = Rotary(table.cos.expand(2, -1, -1), table.sin.expand(2, -1, -1))
+    each = Rotary(table.first.expand(2, -1, -1, -1), table.second.expand(2, -1, -1, -1))
     assert torch.equal(turn(x, each), expected.to(dtype))
 
 
@@ -49,7 +48,7 @@ def test_frequencies_of_an_axis_may_be_others() -> None:
     plain = frequencies(256.0, DEMO[1])
     halved = rotary(places, [plain[0], plain[1] / 2, plain[2]], CPU)
     usual = rotary(places, plain, CPU)
-    assert torch.equal(halved.cos[:, :8], usual.cos[:, :8])
-    assert torch.equal(halved.cos[:, 20:], usual.cos[:, 20:])
+    assert torch.equal(halved.first[:, :4], usual.first[:, :4])
+    assert torch.equal(halved.first[:, 10:], usual.first[:, 10:])
     # The third row, at half the pace, is where the second was.
-    assert torch.allclose(halved.cos[8, 8:20], usual.cos[4, 8:20], atol=1e-6)
+    assert torch.allclose(halved.first[8, 4:10], usual.first[4, 4:10], atol=1e-6)

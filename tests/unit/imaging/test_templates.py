@@ -73,9 +73,21 @@ def test_two_templates_of_one_name_are_a_mistake(tmp_path: Path) -> None:
         TemplateLibrary.load(tmp_path)
 
 
+def test_a_later_folder_adds_templates_and_takes_the_place_of_earlier_ones(tmp_path: Path) -> None:
+    own = tmp_path / "own" / "art"
+    own.mkdir(parents=True)
+    (own / "art_oil.md").write_text("Thick paint.")
+    (own / "kitchen_tiles.md").write_text("Blue tiles.")
+    shipped, both = TemplateLibrary.load(SHIPPED), TemplateLibrary.load(SHIPPED, tmp_path / "own")
+    assert set(both.names()) == {*shipped.names(), "kitchen_tiles"}
+    assert both.get("art_oil").body == "Thick paint."
+    assert TemplateLibrary.load(tmp_path / "own", SHIPPED).get("art_oil") == shipped.get("art_oil")
+    assert both.get("photography") == shipped.get("photography")
+
+
 def test_a_folder_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="templates_dir"):
-        TemplateLibrary.load(tmp_path / "nowhere")
+        TemplateLibrary.load(SHIPPED, tmp_path / "nowhere")
 
 
 def test_an_unknown_template_is_the_callers_mistake_and_near_names_are_told() -> None:

@@ -43,7 +43,7 @@ def _compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
 def _mark_varying(tokens: Tensor, conditions: Conditions) -> None:
     """Say which axes vary. Left to guess, torch takes axes of one length for one axis: 64 tokens for 64 channels."""
     mark: Any = cast(Any, torch)._dynamo.mark_dynamic
-    rotary = (conditions.rotary.cos, conditions.rotary.sin)
+    rotary = (conditions.rotary.first, conditions.rotary.second)
     masks = (conditions.picture_mask, conditions.mask, conditions.order)
     for tensor in (tokens, conditions.caption, conditions.is_padding, *rotary, *masks):
         if tensor is not None:

@@ -93,7 +93,7 @@ class Conditions:
     """
 
     caption: Tensor  # (B, P, D), refined
-    rotary: Rotary  # (B, S, head_dim), the picture's tokens before the caption's
+    rotary: Rotary  # of (B, S) tokens, the picture's tokens before the caption's
     is_padding: Tensor  # (B, N, 1), boolean: the tokens that fill a picture up to a multiple of 32
     modulation: Modulation
     picture_mask: Tensor | None  # (B, N), boolean
@@ -152,7 +152,7 @@ def forward_skipping(
 def begin(weights: Transformer, tokens: Tensor, conditions: Conditions, attend: Attend) -> Tensor:
     """What enters the main blocks, (B, S, D): the embedded and refined picture, and the caption behind it."""
     length = tokens.shape[1]
-    rotary = Rotary(conditions.rotary.cos[:, :length], conditions.rotary.sin[:, :length])
+    rotary = Rotary(conditions.rotary.first[:, :length], conditions.rotary.second[:, :length])
     picture = torch.where(conditions.is_padding, weights.x_pad_token, weights.all_x_embedder[PATCH](tokens))
     for index, block in enumerate(weights.noise_refiner):
         factors = conditions.modulation.blocks[index]

@@ -18,10 +18,13 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Cosines and signed sines of a row of tokens, float32 (..., S, head_dim): one angle a pair of channels."""
+    """The turns of a row of tokens: for the angle a of each pair of channels (cos a, sin a) and (-sin a, cos a).
 
-    cos: Tensor
-    sin: Tensor
+    Both are float32 (..., S, head_dim / 2, 2): where the first and the second channel of a pair go.
+    """
+
+    first: Tensor
+    second: Tensor
 
 
 def frequencies(theta: float, dims: Sequence[int]) -> list[Tensor]:
@@ -49,24 +52,22 @@ def rotary(
     each place on an axis, which the tokens then look up.
     """
     where = places.to(device)
-    cos: list[Tensor] = []
-    sin: list[Tensor] = []
+    circles: list[Tensor] = []
     for axis, (per_place, amplitude) in enumerate(zip(axis_frequencies, amplitudes, strict=True)):
         count = int(places[:, axis].max()) + 1
         angles = torch.outer(torch.arange(count, dtype=torch.float64), per_place).float()
         # torch.cos differs from this one in last bits, and diffusers takes this one.
         circle = torch.view_as_real(torch.polar(torch.full_like(angles, amplitude), angles)).to(device)
-        seen = circle[where[:, axis]]  # (S, dim / 2, 2)
-        cos.append(seen[..., 0])
-        sin.append(seen[..., 1])
-    one, other = torch.cat(cos, -1), torch.cat(sin, -1)
-    return Rotary(torch.stack((one, one), -1).flatten(-2), torch.stack((-other, other), -1).flatten(-2))
+        circles.append(circle[where[:, axis]])  # (S, dim / 2, 2)
+    first = torch.cat(circles, -2)
+    return Rotary(first, torch.stack((-first[..., 1], first[..., 0]), -1))
 
 
 def turn(x: Tensor, table: Rotary) -> Tensor:
     """Queries or keys (B, S, heads, head_dim), each pair of channels turned; computed in float32. The table has a batch
     axis or is one for all.
     """
-    turned = x.float()
-    swapped = turned.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape)
-    return (turned * table.cos.unsqueeze(-2) + swapped * table.sin.unsqueeze(-2)).type_as(x)
+    pairs = x.view(*x.shape[:-1], -1, 2)
+    first = pairs[..., :1] * table.first.unsqueeze(-3)  # (B, S, heads, head_dim / 2, 2)
+    second = pairs[..., 1:] * table.second.unsqueeze(-3)
+    return torch.add(first, second, out=torch.empty_like(pairs)).view(x.shape)

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from zcore.imaging.geometry import PATCH_LATENTS, SIDE_MULTIPLE_PX, LatentSize, padded
 from zcore.imaging.model.attention import Attend, sdpa
@@ -51,7 +52,7 @@ class Plan:
     size: LatentSize
     caption: Tensor  # (1, P, D), refined
     is_padding: Tensor  # (1, N, 1), boolean
-    rotary: Sequence[Callable[[], Rotary]]  # (1, N + P, head_dim): one for all steps, or one a step
+    rotary: Sequence[Callable[[], Rotary]]  # of (1, N + P) tokens: one for all steps, or one a step
     modulations: Sequence[Modulation]  # one a step
 
     @property
@@ -174,7 +175,7 @@ class VelocityModel:
         table = rotary(caption_places(longest), self._frequencies, self._device)
         captions = refine_caption(
             self._weights,
-            torch.stack([functional.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts]),
+            functional.pad(pad_sequence(list(prompts), batch_first=True), (0, 0, 0, longest - max(map(len, prompts)))),
             torch.stack([position >= len(prompt) for prompt in prompts]).unsqueeze(-1),
             table,
             _mask(lengths, self._device),
@@ -207,7 +208,7 @@ class VelocityModel:
 
 
 def _batched(table: Rotary) -> Rotary:
-    return Rotary(table.cos[None], table.sin[None])
+    return Rotary(table.first[None], table.second[None])
 
 
 def conditions_of(plans: Sequence[Plan], steps: Sequence[int]) -> Conditions:
@@ -219,11 +220,11 @@ def conditions_of(plans: Sequence[Plan], steps: Sequence[int]) -> Conditions:
     device = plans[0].caption.device
     return Conditions(
         caption=_joined([plan.caption for plan in plans]),
-        rotary=Rotary(_joined([table.cos for table in tables]), _joined([table.sin for table in tables])),
+        rotary=Rotary(_joined([table.first for table in tables]), _joined([table.second for table in tables])),
         is_padding=_joined([plan.is_padding for plan in plans]),
         modulation=Modulation(
-            _joined([modulation.blocks for modulation in modulations], dim=2),
-            _joined([modulation.final for modulation in modulations]),
+            modulations[0].blocks if len(plans) == 1 else torch.cat([each.blocks for each in modulations], 2),
+            _joined([each.final for each in modulations]),
         ),
         picture_mask=_mask(pictures, device),
         mask=_mask(lengths, device),
@@ -231,12 +232,11 @@ def conditions_of(plans: Sequence[Plan], steps: Sequence[int]) -> Conditions:
     )
 
 
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """A batch of batches of one; those of fewer tokens (..., L, channels) are filled with zeros."""
-    if len(tensors) == 1:
-        return tensors[0]
-    longest = max(tensor.shape[-2] for tensor in tensors)
-    return torch.cat([functional.pad(tensor, (0, 0, 0, longest - tensor.shape[-2])) for tensor in tensors], dim)
+def _joined(samples: Sequence[Tensor]) -> Tensor:
+    """A batch of batches of one (1, L, ...); the shorter are filled with zeros. One alone is not copied."""
+    if len(samples) == 1:
+        return samples[0]
+    return pad_sequence([sample[0] for sample in samples], batch_first=True)
 
 
 def _mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:

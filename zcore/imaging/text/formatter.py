@@ -24,8 +24,11 @@ MESSAGE_START = "<|im_start|>"
 MESSAGE_END = "<|im_end|>"
 THINK_START = "<think>"
 THINK_END = "</think>"
-_NO_TEMPLATE = Template("", "", "", body="", add_think_block=False, thinking_content="", assistant_content="")
 CONTROLS = (MESSAGE_START, MESSAGE_END, THINK_START, THINK_END)
+_NO_TEMPLATE = Template("", "", "", body="", add_think_block=False, thinking_content="", assistant_content="")
+
+
+_Said = TypeVar("_Said")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +65,17 @@ class FormattedPrompt:
 def format_request(request: GenerationRequest, templates: TemplateLibrary) -> FormattedPrompt:
     """The request's prompt in its layout. Raises `InvalidRequest` for a template that does not exist.
 
-    What the request says goes before its template: only where it is silent (None) does the template speak.
+    What the request says goes before its template: only where it is silent (None) does the template speak. A request
+    that wants no think block gets none of its template's either.
     """
     template = templates.get(request.template) if request.template is not None else _NO_TEMPLATE
+    template_thinking = "" if request.force_think_block is False else template.thinking_content
     clean = cleaned if request.clean_whitespace else _as_it_is
     prompt = request.prompt.replace('"', "") if request.strip_quotes else request.prompt
     return format_prompt(
         clean(prompt),
         system=clean(_said(request.system_prompt, template.body)),
-        thinking=clean(_said(request.thinking_content, template.thinking_content)),
+        thinking=clean(_said(request.thinking_content, template_thinking)),
         answer=clean(_said(request.assistant_content, template.assistant_content)),
         think_block=_said(request.force_think_block, template.add_think_block),
     )
@@ -101,9 +106,6 @@ def format_prompt(
     if answer:
         pieces += [Text(answer), Control(MESSAGE_END)]
     return FormattedPrompt(tuple(_joined(pieces)))
-
-
-_Said = TypeVar("_Said")
 
 
 def _said(by_caller: _Said | None, by_template: _Said) -> _Said:

@@ -80,6 +80,17 @@ class TemplateLibrary:
         """All names, sorted."""
         return sorted(self.templates)
 
+    def search(self, category: str | None = None, text: str | None = None) -> list[Template]:
+        """Templates of a category that speak of a text anywhere, by category and name; None means any."""
+        wanted = (text or "").casefold()
+        found = [
+            template
+            for template in self.templates.values()
+            if category in (None, template.category)
+            and any(wanted in part.casefold() for part in (template.name, template.description, template.body))
+        ]
+        return sorted(found, key=lambda template: (template.category, template.name))
+
     def get(self, name: str) -> Template:
         """The template of that name; raises `InvalidRequest` on the field `template`, with the names nearest to it."""
         if name in self.templates:

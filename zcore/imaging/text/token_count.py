@@ -63,11 +63,11 @@ class TokenCounter:
             raise CheckpointError(f"{path}: its vocabulary spells marks of the layout, so typed ones would become real")
         return cls(controls, text, PlacementLimits.of_checkpoint(model_folder).caption_tokens)
 
-    def tokens(self, prompt: FormattedPrompt, mode: LongPromptMode = "refuse") -> Tokens:
+    def tokens(self, prompt: FormattedPrompt, mode: LongPromptMode = "refuse", field: str = "prompt") -> Tokens:
         """The prompt's ids, as the text encoder is given them.
 
-        More than the limit only where `mode` condenses their embedding later. Raises `PromptTooLong` with count and
-        limit for `refuse`, and where no room is left for the prompt at all.
+        More than the limit only where `mode` condenses their embedding later. Raises `PromptTooLong` on `field` with
+        count and limit for `refuse`, and where no room is left for the prompt at all.
         """
         tail = sum(len(self._ids_of(piece)) for piece in prompt.tail)
         ids = self._ids(prompt)
@@ -75,7 +75,7 @@ class TokenCounter:
             return Tokens(ids, tail)
         if mode == "refuse":
             detail = f"is {len(ids)} tokens with its template and layout; the model places at most {self.limit}"
-            raise PromptTooLong([FieldError("/prompt", detail)])
+            raise PromptTooLong([FieldError(f"/{field}", detail)])
         room = room_before_tail(tail, self.limit)
         return Tokens(ids[:room] + ids[len(ids) - tail :] if mode == "truncate" else ids, tail)
 

@@ -1,0 +1,71 @@
+"""Upload pictures that jobs start from."""
+
+import hashlib
+from dataclasses import dataclass
+
+from litestar import Response, post
+from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
+from litestar.openapi.spec.enums import OpenAPIFormat
+from litestar.params import RawBody
+
+from server import media_types
+from server.dependencies import NamedDatabase, NamedSettings, NamedStorage, Owner
+from server.problems import refusal
+from server.schemas import UploadedInput
+from zcore.errors import InvalidRequest
+from zcore.imaging.input_picture import format_of, open_picture
+from zcore.jobs import inputs
+from zcore.jobs.inputs import UploadedPicture
+
+FIELD = "image"
+"""What a refusal of an upload names: the field that it would have been for."""
+
+
+@dataclass
+class _UploadOperation(Operation):
+    """The body as OpenAPI has it; Litestar describes only bodies that it reads itself."""
+
+    def __post_init__(self) -> None:
+        picture = OpenAPIMediaType(Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY))
+        self.request_body = RequestBody(
+            {"image/*": picture, "application/octet-stream": picture}, "The file itself", required=True
+        )
+
+
+@post(
+    "/api/inputs",
+    guards=[media_types.only("image/*", "application/octet-stream")],
+    status_code=201,
+    tags=["inputs"],
+    summary="Upload a picture to start from",
+    operation_class=_UploadOperation,
+    responses={
+        400: refusal("The body is not a picture that can be opened"),
+        401: refusal("No API key, or a wrong one"),
+        413: refusal("The body is larger than `limits.max_input_bytes`"),
+        415: refusal("The body is neither `image/*` nor `application/octet-stream`"),
+        503: refusal("The database or the storage does not answer"),
+    },
+    sync_to_thread=True,
+)
+def upload(
+    body: RawBody, owner: Owner, settings: NamedSettings, database: NamedDatabase, storage: NamedStorage
+) -> Response[UploadedInput]:
+    """Answers 201 with the upload's `id`, for `image` and `mask` of a submission until `expires_at`.
+
+    The same bytes again have the same id, and are kept for longer.
+    """
+    picture = _opened(body)
+    with database.write() as transaction:
+        kept = inputs.keep(transaction, owner, picture, settings.jobs.input_retention_s)
+    storage.put(inputs.key_of(owner, picture.sha256), body, f"image/{picture.format}")
+    return Response(
+        UploadedInput(f"input:{kept.sha256}", kept.width, kept.height, kept.format, kept.bytes, kept.expires_at)
+    )
+
+
+def _opened(body: bytes) -> UploadedPicture:
+    if not body:
+        raise InvalidRequest.field(FIELD, "the body is empty")
+    image = open_picture(body, FIELD)
+    return UploadedPicture(hashlib.sha256(body).hexdigest(), format_of(body), image.width, image.height, len(body))
