@@ -145,7 +145,7 @@ def submission_schema() -> dict[str, Any]:
     """Fields and bounds of `POST /api/generate`, read off the structs that check them."""
     schema = prompt_schema(GenerationRequest, Delivery)
     # Decided by the operator's settings, or at random: the struct's own defaults would mislead.
-    for name in ("seed", *GenerationDefaults.__struct_fields__):
+    for name in {"seed", *GenerationDefaults.__struct_fields__} & schema["properties"].keys():
         schema["properties"][name].pop("default", None)
     return {**schema, "title": "Submission"}
 

@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -58,6 +58,22 @@ StrengthRule = Literal["continuous", "diffusers"]
 LongPromptMode = Literal["truncate", "interpolate", "pool", "attention_pool", "refuse"]
 OutputFormat = Literal["png", "jpeg", "webp", "avif"]
 Fit = Literal["cover", "contain", "stretch"]
+SlgScale = Annotated[float, Meta(ge=0.0, le=30.0, description="How strongly; 0 is off.")]
+LayerIndex = Annotated[int, Meta(ge=0, le=199)]
+LayerIndices = Annotated[
+    tuple[LayerIndex, ...],
+    Meta(min_length=1, max_length=200, description="Which main blocks of the transformer are left out, from 0."),
+]
+PartOfSteps = Annotated[float, Meta(ge=0.0, le=1.0)]
+DypeMethod = Literal["vision_yarn", "yarn", "ntk"]
+DypeScale = Annotated[float, Meta(ge=0.0, le=16.0, description="How strongly positions are stretched; 0 is off.")]
+DypeExponent = Annotated[float, Meta(gt=0.0, le=16.0, description="How early the stretch fades along the steps.")]
+DypeStart = Annotated[
+    float, Meta(ge=0.001, le=1.0, description="The noise level below which vision_yarn's amplitude fades.")
+]
+BaseResolution = Annotated[
+    int, Meta(ge=64, le=8192, multiple_of=16, description="Pixels a side that the checkpoint was trained at.")
+]
 LayerName = Annotated[str, Meta(pattern=r"^-([1-9]|[12][0-9]|3[0-6])$")]
 LayerWeight = Annotated[float, Meta(gt=0.0, le=1000.0)]
 SystemText = Annotated[str, Meta(max_length=PROMPT_LIMIT_CHARACTERS)]
@@ -77,6 +93,33 @@ GIVEN = "given:"
 """Begins the address of an input that a program passes beside the request; the rest is its name."""
 
 
+class SkipLayerGuidance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Away from what the transformer paints without some of its layers; active where start <= step / steps < stop.
+
+    What a request's object leaves out is as in the operator's settings, whether they switch it on or not.
+    """
+
+    scale: SlgScale = 2.5
+    layers: LayerIndices = (7, 8, 9, 10, 11, 12)
+    start: PartOfSteps = 0.05
+    stop: PartOfSteps = 0.5
+
+
+class Dype(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Positions stretched for pictures larger than trained; see `zcore.imaging.model.dype`.
+
+    What a request's object leaves out is as in the operator's settings, whether they switch it on or not.
+    """
+
+    method: DypeMethod = "vision_yarn"
+    scale: DypeScale = 2.0
+    exponent: DypeExponent = 2.0
+    start_sigma: DypeStart = 1.0
+    base_resolution: BaseResolution = 1024
+    anisotropic: bool = False
+    dynamic: bool = True
+
+
 class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One pass of a multi-pass generation.
 
@@ -91,6 +134,8 @@ class Pass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     strength: Strength | None = None
     shift: Shift | None = None
     guidance_scale: GuidanceScale | None = None
+    slg: SkipLayerGuidance | None = None
+    dype: Dype | None = None
 
 
 class LoraUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -157,6 +202,23 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         float,
         Meta(ge=0.0, le=1.0, description="Guidance ends where 1 - sigma is above this; 1 keeps it to the end."),
     ] = 1.0
+    slg: (
+        Annotated[
+            SkipLayerGuidance,
+            Meta(description="Skip layer guidance: scale, layers, start, stop. A step where it is active costs more."),
+        ]
+        | None
+    ) = None
+    dype: (
+        Annotated[
+            Dype,
+            Meta(
+                description="Dynamic position extrapolation, for pictures above base_resolution: method, scale, "
+                "exponent, start_sigma, base_resolution, anisotropic, dynamic. Patent pending, say its authors."
+            ),
+        ]
+        | None
+    ) = None
     image: (
         Annotated[
             InputAddress,
@@ -179,6 +241,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     keep_unmasked: Annotated[
         bool, Meta(description="With a mask: pixels outside it are the input's own, untouched by the VAE.")
     ] = True
+    tiled_vae: Annotated[
+        bool,
+        Meta(description="Pixels and latents in tiles, which saves memory; what would not fit otherwise always is."),
+    ] = False
     passes: Annotated[
         tuple[Pass, ...],
         Meta(max_length=4, description="Multi-pass: sizes growing to the final one, each refining the last."),
@@ -235,6 +301,12 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: GuidanceScale = 0.0
     hidden_layer: HiddenLayer = -2
     long_prompt_mode: LongPromptMode = "interpolate"
+    tiled_vae: bool = False
+    slg: SkipLayerGuidance | None = None
+    slg_parts: SkipLayerGuidance = SkipLayerGuidance()
+    dype: Dype | None = None
+    dype_parts: Dype = Dype()
+    """What a `slg` or `dype` that says something leaves out."""
 
 
 class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -282,13 +354,38 @@ def _parse(
     request_fields = {name: value for name, value in said.items() if name not in Delivery.__struct_fields__}
     delivery_fields = {name: value for name, value in said.items() if name in Delivery.__struct_fields__}
     chosen = {"seed": secrets.randbelow(CHOSEN_SEED_BOUND)}
-    decided = {**msgspec.to_builtins(defaults), **chosen, **size, **request_fields}
+    decided = {**_defaults(defaults), **chosen, **size, **_completed(request_fields, defaults)}
     request = _valid_fields(decided, GenerationRequest, errors)
     delivery = _valid_fields(delivery_fields, Delivery, errors)
     errors += [*_request_faults(request, limits, inputs), *_delivery_faults(delivery)]
     if errors:
         raise InvalidRequest(errors)
     return Submission(GenerationRequest(**request), Delivery(**delivery))
+
+
+def _defaults(defaults: GenerationDefaults) -> dict[str, Any]:
+    known = GenerationRequest.__struct_fields__
+    return {name: value for name, value in msgspec.to_builtins(defaults).items() if name in known}
+
+
+def _completed(fields: Mapping[str, Any], defaults: GenerationDefaults) -> dict[str, Any]:
+    """The fields, where objects have what they do not say: of the operator's settings, in passes of the request."""
+    parts: dict[str, Any] = {
+        "slg": msgspec.to_builtins(defaults.slg_parts),
+        "dype": msgspec.to_builtins(defaults.dype_parts),
+    }
+
+    def completed(said: Mapping[str, Any]) -> dict[str, Any]:
+        objects = {name: {**parts[name], **said[name]} for name in parts if isinstance(said.get(name), Mapping)}
+        return {**said, **objects}
+
+    whole = completed(fields)
+    parts |= {name: whole[name] for name in parts if isinstance(whole.get(name), Mapping)}
+    if isinstance(whole.get("passes"), list | tuple):
+        whole["passes"] = [
+            completed(cast(Mapping[str, Any], one)) if isinstance(one, Mapping) else one for one in whole["passes"]
+        ]
+    return whole
 
 
 def said_plainly(message: str) -> str:
@@ -310,7 +407,7 @@ def _valid_fields(fields: Mapping[str, Any], shape: type[msgspec.Struct], errors
         try:
             value = msgspec.convert(fields[name], field.type)
         except msgspec.ValidationError as fault:
-            errors.append(FieldError(_pointer(name), said_plainly(str(fault))))
+            errors.append(FieldError(_pointer(name) + _pointer_within(str(fault)), said_plainly(str(fault))))
             continue
         if any(UNWRITABLE.search(text) for text in _texts(value)):
             errors.append(FieldError(_pointer(name), "holds a NUL or half a surrogate pair, which cannot be stored"))
@@ -397,7 +494,7 @@ def _request_faults(valid: Mapping[str, Any], limits: RequestLimits, inputs: _In
         for index, name in enumerate(loras)
         if name in loras[:index]
     ]
-    return [*faults, *_pass_faults(valid)]
+    return [*faults, *_pass_faults(valid), *_slg_faults(valid)]
 
 
 def _pass_faults(valid: Mapping[str, Any]) -> list[FieldError]:
@@ -416,6 +513,23 @@ def _pass_faults(valid: Mapping[str, Any]) -> list[FieldError]:
     if shortest and shortest * scales[0] < SMALLEST_SIDE_PX:
         faults.append(FieldError("/passes/0/scale", f"{scales[0]} of {shortest} px is below {SMALLEST_SIDE_PX} px"))
     return faults
+
+
+def _slg_faults(valid: Mapping[str, Any]) -> Iterator[FieldError]:
+    for pointer, slg in said_everywhere(valid.get("slg"), valid.get("passes", ()), "slg"):
+        if repeated := sorted({layer for layer in slg.layers if slg.layers.count(layer) > 1}):
+            yield FieldError(f"{pointer}/layers", f"names layer {repeated[0]} twice")
+        if slg.start >= slg.stop:
+            yield FieldError(f"{pointer}/stop", f"has to be above start, {slg.start}")
+
+
+def said_everywhere(whole: Any, passes: Sequence[Pass], name: str) -> Iterator[tuple[str, Any]]:
+    """An object of the request and those of its passes, each with its JSON pointer."""
+    if whole is not None:
+        yield f"/{name}", whole
+    for index, one in enumerate(passes):
+        if getattr(one, name) is not None:
+            yield f"/passes/{index}/{name}", getattr(one, name)
 
 
 def _delivery_faults(valid: Mapping[str, Any]) -> list[FieldError]:
@@ -445,6 +559,12 @@ def _texts(document: Any) -> Iterator[str]:
 def _pointer(name: str) -> str:
     """RFC 6901, section 3."""
     return "/" + name.replace("~", "~0").replace("/", "~1")
+
+
+def _pointer_within(message: str) -> str:
+    """Where in a field msgspec found a fault, as a pointer; empty where that is the field itself, or a key of it."""
+    found = re.search(r" - at `\$((?:\.\w+|\[\d+\])+)`$", message)
+    return re.sub(r"\.(\w+)|\[(\d+)\]", r"/\1\2", found[1]) if found else ""
 
 
 def _is_plain_web_address(url: str) -> bool:

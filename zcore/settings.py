@@ -25,13 +25,23 @@ from msgspec import Meta, field
 
 from zcore.errors import ConfigurationError
 from zcore.request import (
+    BaseResolution,
+    Dype,
+    DypeExponent,
+    DypeMethod,
+    DypeScale,
+    DypeStart,
     GenerationDefaults,
     GuidanceScale,
     HiddenLayer,
+    LayerIndices,
     LongPromptMode,
+    PartOfSteps,
     RequestLimits,
     Shift,
     Side,
+    SkipLayerGuidance,
+    SlgScale,
     Steps,
     said_plainly,
 )
@@ -108,19 +118,41 @@ class DypeSettings(_Section, frozen=True):
     """Dynamic position extrapolation, for pictures far above the trained size."""
 
     enabled: bool = False
-    method: Literal["vision_yarn", "yarn", "ntk"] = "vision_yarn"
-    dype_scale: Annotated[float, Meta(gt=0)] = 2.0
-    dype_exponent: Annotated[float, Meta(gt=0)] = 2.0
+    method: DypeMethod = "vision_yarn"
+    dype_scale: DypeScale = 2.0
+    dype_exponent: DypeExponent = 2.0
+    start_sigma: DypeStart = 1.0
+    base_resolution: BaseResolution = 1024
+    anisotropic: bool = False
+    dynamic: bool = True
+
+    @property
+    def parts(self) -> Dype:
+        """As a request says it."""
+        return Dype(
+            method=self.method,
+            scale=self.dype_scale,
+            exponent=self.dype_exponent,
+            start_sigma=self.start_sigma,
+            base_resolution=self.base_resolution,
+            anisotropic=self.anisotropic,
+            dynamic=self.dynamic,
+        )
 
 
 class SlgSettings(_Section, frozen=True):
     """Skip layer guidance."""
 
     enabled: bool = False
-    scale: float = 2.5
-    layers: tuple[int, ...] = (7, 8, 9, 10, 11, 12)
-    start: Annotated[float, Meta(ge=0, le=1)] = 0.05
-    stop: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    scale: SlgScale = 2.5
+    layers: LayerIndices = (7, 8, 9, 10, 11, 12)
+    start: PartOfSteps = 0.05
+    stop: PartOfSteps = 0.5
+
+    @property
+    def parts(self) -> SkipLayerGuidance:
+        """As a request says it."""
+        return SkipLayerGuidance(scale=self.scale, layers=self.layers, start=self.start, stop=self.stop)
 
 
 class LoraSettings(_Section, frozen=True):
@@ -253,6 +285,11 @@ class Settings(_Section, frozen=True):
             guidance_scale=self.generation.guidance_scale,
             hidden_layer=self.encoder.hidden_layer,
             long_prompt_mode=self.pytorch.long_prompt_mode,
+            tiled_vae=self.pytorch.tiled_vae,
+            slg=self.slg.parts if self.slg.enabled else None,
+            slg_parts=self.slg.parts,
+            dype=self.dype.parts if self.dype.enabled else None,
+            dype_parts=self.dype.parts,
         )
 
     @property

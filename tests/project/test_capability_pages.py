@@ -47,12 +47,16 @@ def shown_on(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_picture_of_a_page_is_what_its_commands_paint(page: Path, pictures: ModuleType, painted: Path) -> None:
-    written = {arguments[arguments.index("--output") + 1] for arguments in pictures.commands(page) if "--output" in arguments}
+    written = {
+        arguments[arguments.index("--output") + 1] for arguments in pictures.commands(page) if "--output" in arguments
+    }
     shown = shown_on(page)
     assert shown, "a capability is shown by a picture"
     assert shown <= {*written, *pictures.GIVEN}
     for name in shown:
-        committed, fresh = (np.asarray(Image.open(folder / name).convert("RGB"), np.float32) for folder in (TREE, painted))
+        committed, fresh = (
+            np.asarray(Image.open(folder / name).convert("RGB"), np.float32) for folder in (TREE, painted)
+        )
         assert committed.shape == fresh.shape, name
         assert np.abs(committed - fresh).mean() < ALIKE, f"{name} is old: make pictures"
 

@@ -110,7 +110,7 @@ class _Painter:
         self._commission = commission
         self._pipeline = _loaded(commission, settings)
         self._inputs = _inputs(commission)
-        self.made_by = self._pipeline.describe()
+        self.made_by = self._pipeline.describe(commission.request)
         if self._inputs.embedding is not None:
             self.made_by |= {"encoder_revision": self._inputs.embedding.encoder_revision}
 

@@ -47,6 +47,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
 SPELLED = {"prompt": "PROMPT", "image": "--img2img"}
 """Where a flag is not the field's own name."""
 
+SAID_AS_SETTINGS = ("tiled_vae", "slg", "dype")
+"""Fields that have flags as settings: what those say is the request's default."""
+
+UNSAID = ("version", "loras")
+"""Fields without a flag: `loras` are names of a service's library; the command line has `--lora FILE:SCALE`."""
+
 PASS_PRESETS: dict[str, list[dict[str, float]]] = {
     "twopass": [{"scale": 0.5}, {"scale": 1.0, "strength": 0.5}],
     "threepass": [{"scale": 0.25}, {"scale": 0.5, "strength": 0.6}, {"scale": 1.0, "strength": 0.5}],
@@ -71,7 +77,8 @@ _OWN_HELP = {
 
 def request_fields() -> tuple[str, ...]:
     """All fields that flags are made of, in the order of the request."""
-    return (*(name for name in GenerationRequest.__struct_fields__ if name != "version"), *SIZE_FIELDS)
+    unsaid = ("version", *SAID_AS_SETTINGS)
+    return (*(name for name in GenerationRequest.__struct_fields__ if name not in unsaid), *SIZE_FIELDS)
 
 
 def flag_of(field: str) -> str:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from zcore.errors import ConfigurationError
 from zcore.settings import (
@@ -61,16 +61,9 @@ PAINTER = (
         ("pytorch.compile",),
         "Compile the transformer: a slow first picture, then about a tenth faster.",
     ),
-)
-LATER_OF_ENCODER = (
-    SettingFlag(("--quantization",), ("encoder.quantization",), "The text encoder's weights in fewer bits."),
-)
-LATER = (
-    *LATER_OF_ENCODER,
-    SettingFlag(("--cpu-offload",), ("pytorch.cpu_offload",), "Only the network that computes is on the GPU."),
-    SettingFlag(("--tiled-vae",), ("pytorch.tiled_vae",), "Large pictures are decoded in tiles."),
-    SettingFlag(("--tile-size",), ("pytorch.tile_size",), "Side of a tile in pixels.", "pytorch.tiled_vae"),
-    SettingFlag(("--tile-overlap",), ("pytorch.tile_overlap",), "Overlap of tiles in pixels.", "pytorch.tiled_vae"),
+    SettingFlag(("--tiled-vae",), ("pytorch.tiled_vae",), "The VAE works in tiles even where memory would do."),
+    SettingFlag(("--tile-size",), ("pytorch.tile_size",), "Side of a tile in pixels."),
+    SettingFlag(("--tile-overlap",), ("pytorch.tile_overlap",), "Overlap of tiles in pixels."),
     SettingFlag(("--dype",), ("dype.enabled",), "Dynamic position extrapolation, for pictures of 2K to 4K."),
     SettingFlag(("--dype-method",), ("dype.method",), "How positions are extrapolated.", "dype.enabled"),
     SettingFlag(("--dype-scale",), ("dype.dype_scale",), "How strongly.", "dype.enabled"),
@@ -80,6 +73,13 @@ LATER = (
     SettingFlag(("--slg-layers",), ("slg.layers",), "Which layers are skipped, as 7,8,9.", "slg.enabled"),
     SettingFlag(("--slg-start",), ("slg.start",), "Part of the steps at which it begins, 0 to 1.", "slg.enabled"),
     SettingFlag(("--slg-stop",), ("slg.stop",), "Part of the steps at which it ends, 0 to 1.", "slg.enabled"),
+)
+LATER_OF_ENCODER = (
+    SettingFlag(("--quantization",), ("encoder.quantization",), "The text encoder's weights in fewer bits."),
+)
+LATER = (
+    *LATER_OF_ENCODER,
+    SettingFlag(("--cpu-offload",), ("pytorch.cpu_offload",), "Only the network that computes is on the GPU."),
 )
 """Understood, and refused by `from_settings.refuse_what_is_not_built`. What is built moves up."""
 
@@ -120,11 +120,7 @@ def add_setting_flags(parser: argparse.ArgumentParser, flags: Sequence[SettingFl
         help="Any setting, as pytorch.compile=true. Repeatable.",
     )
     _add(group, [flag for flag in flags if flag not in LATER])
-    later = [flag for flag in flags if flag in LATER]
-    if later:
-        group = parser.add_argument_group("not yet", "Understood, and refused by this version.")
-        _add(group, later)
-    if LATER[-1] in flags:
+    if PAINTER[0] in flags:
         group.add_argument(
             "--lora",
             metavar="FILE:SCALE",
@@ -132,6 +128,10 @@ def add_setting_flags(parser: argparse.ArgumentParser, flags: Sequence[SettingFl
             default=[],
             help="LoRA file with its strength, as style.safetensors:0.8. Repeatable.",
         )
+    later = [flag for flag in flags if flag in LATER]
+    if later:
+        group = parser.add_argument_group("not yet", "Understood, and refused by this version.")
+        _add(group, later)
 
 
 def chosen_settings(said: argparse.Namespace) -> ChosenSettings:
@@ -185,8 +185,10 @@ def _reader(flag: SettingFlag) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         if name in PATHS:
-            return str(Path(text).absolute()) if Path(text).exists() else text
-        written = f"[{text}]" if get_origin(setting_names()[name]) is tuple else text
+            return _from_here(text)
+        kind = setting_names()[name]
+        kind = kind.__origin__ if get_origin(kind) is Annotated else kind
+        written = f"[{text}]" if get_origin(kind) is tuple else text
         return setting_value(name, written, flag.names[0])
 
     return read
@@ -202,8 +204,13 @@ def _loras(said: Sequence[str]) -> dict[str, Any]:
             scales.append(float(scale) if separator else 1.0)
         except ValueError:
             raise ConfigurationError(f"--lora: `{one}` has to be FILE:SCALE, as style.safetensors:0.8") from None
-        paths.append(path or one)
+        paths.append(_from_here(path or one))
     return {"lora.paths": paths, "lora.scales": scales}
+
+
+def _from_here(path: str) -> str:
+    """A path as typed begins at the working folder; one that is not there may be a name of the hub's."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 def _switch(setting: str) -> str:

@@ -65,11 +65,7 @@ def refuse_what_is_not_built(settings: Settings, spelled: Mapping[str, str] = {}
     """
     wanted = {
         "encoder.quantization": settings.encoder.quantization != "none",
-        "pytorch.use_custom_scheduler": settings.pytorch.use_custom_scheduler,
-        "pytorch.tiled_vae": settings.pytorch.tiled_vae,
         "pytorch.cpu_offload": settings.pytorch.cpu_offload,
-        "dype.enabled": settings.dype.enabled,
-        "slg.enabled": settings.slg.enabled,
     }
     for name, asked in wanted.items():
         if asked:
@@ -90,6 +86,8 @@ def _painting(settings: Settings) -> dict[str, Any]:
         "compile": settings.pytorch.compile,
         "compile_mode": settings.pytorch.compile_mode,
         "fused_loras": settings.fused_loras,
+        "tile_size": settings.pytorch.tile_size,
+        "tile_overlap": settings.pytorch.tile_overlap,
     }
 
 

@@ -26,15 +26,17 @@ from zcore.imaging.input_picture import fitted, mask_fitted
 from zcore.imaging.inputs import Inputs
 from zcore.imaging.model import loader
 from zcore.imaging.model.attention import choose_attention, load_attention
-from zcore.imaging.model.checkpoint import PAINTING, encoder_family, locate, read_json, revision
+from zcore.imaging.model.checkpoint import PAINTING, check_layers, encoder_family, locate, read_json, revision
+from zcore.imaging.model.dype import NOTICE, stretches
 from zcore.imaging.model.lora import LoraWeights, ScaledLora, fuse
 from zcore.imaging.model.lora_file import read_file
-from zcore.imaging.model.transformer import VelocityModel
+from zcore.imaging.model.tiling import Tiling
+from zcore.imaging.model.transformer import Plan, VelocityModel
 from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.profiler import GenerationMetrics, PhaseClock
 from zcore.imaging.prompt_encoder import PromptEncoder
 from zcore.imaging.sampling.denoise import Kept, Velocity, denoise, draw_noise, noised
-from zcore.imaging.sampling.guidance import guided
+from zcore.imaging.sampling.guidance import away_from_skipped, guided, skips_layers
 from zcore.imaging.sampling.multipass import PlannedPass, enlarged, plan
 from zcore.imaging.text.embedding_cache import CacheUse
 from zcore.imaging.text.embedding_file import PromptEmbedding, check_fits
@@ -91,7 +93,7 @@ class ZImagePipeline:
         )
         fused = [ScaledLora(self.load_lora(path), scale) for path, scale in setup.fused_loras]
         fuse(network, fused)
-        self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype)
+        self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype, setup.tiling)
         self._description = {
             **_described(setup, revision(folder, PAINTING)),
             **{f"lora_fused:{one.weights.name}": f"{one.weights.sha256} at {one.scale}" for one in fused},
@@ -114,6 +116,8 @@ class ZImagePipeline:
         compile: bool = False,  # noqa: A002
         compile_mode: str = "default",
         attention_backend: str = "auto",
+        tile_size: int = 512,
+        tile_overlap: int = 64,
         embedding_cache_bytes: int = 0,
         fused_loras: Sequence[tuple[str | Path, float]] = (),
     ) -> "ZImagePipeline":
@@ -122,8 +126,9 @@ class ZImagePipeline:
         Devices are `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. `torch_dtype` is the transformer's, and the text
         encoder's unless `encoder_dtype` says otherwise; the VAE works in float32 where the checkpoint or a CPU
         demands it. `hidden_layer` and `shift` are for calls that do not say; the latter comes from the checkpoint when
-        None. With `compile` the first pictures take a minute longer. `fused_loras` are files and scales that
-        act on every picture, at no cost, until the pipeline is loaded anew. Raises `InvalidLora` too.
+        None. With `compile` the first pictures take a minute longer. `tile_size` and `tile_overlap`, in pixels, are for
+        the VAE where it works in tiles. `fused_loras` are files and scales that act on every picture, at no cost, until
+        the pipeline is loaded anew. Raises `InvalidLora` too.
         """
         encoder = PromptEncoder.from_pretrained(
             model_path,
@@ -142,6 +147,8 @@ class ZImagePipeline:
             compile=compile,
             compile_mode=compile_mode,
             attention_backend=attention_backend,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
             encoder=encoder,
             hidden_layer=hidden_layer,
             fused_loras=fused_loras,
@@ -159,6 +166,8 @@ class ZImagePipeline:
         compile: bool = False,  # noqa: A002
         compile_mode: str = "default",
         attention_backend: str = "auto",
+        tile_size: int = 512,
+        tile_overlap: int = 64,
         encoder: PromptEncoder | None = None,
         hidden_layer: int = -2,
         fused_loras: Sequence[tuple[str | Path, float]] = (),
@@ -179,6 +188,7 @@ class ZImagePipeline:
             attention_backend=choose_attention(attention_backend, transformer),
             compile_mode=compile_mode if compile else None,
             fused_loras=tuple((Path(path), scale) for path, scale in fused_loras),
+            tiling=Tiling(tile_size, tile_overlap),
         )
         return cls(folder, setup, encoder)
 
@@ -301,8 +311,14 @@ class ZImagePipeline:
             return self._model.lora(file, name or "lora")
         return self._model.lora(read_file(Path(file)), name or Path(file).stem)
 
-    def describe(self) -> dict[str, str]:
-        """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host."""
+    def describe(self, request: GenerationRequest | None = None) -> dict[str, str]:
+        """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host.
+
+        For a request also what has to be said with its pictures: `dype_notice`, where that had a part in them.
+        """
+        passes = plan(request) if request else []
+        if any(one.dype and one.dype.dynamic and stretches(one.dype, one.width, one.height) for one in passes):
+            return {**self._description, "dype_notice": NOTICE}
         return dict(self._description)
 
     def cache_use(self) -> CacheUse:
@@ -335,6 +351,7 @@ class ZImagePipeline:
     ) -> GenerationResult:
         """The whole way."""
         geometry.check_sides(request.width, request.height, self._limits)
+        check_layers(request, self._model.layer_count)
         passes = plan(request)
         model = self._model.adapted(_scaled(request, inputs))
         clock = PhaseClock(self._devices)
@@ -349,10 +366,10 @@ class ZImagePipeline:
                 latents = self._latents(model, passes, embedding, start, generator_of(index), walk)  # (16, h, w)
             walk.tell("decode")
             with clock.phase("decode"):
-                image = start.pasted(self._coder.decode(latents), request.keep_unmasked)
+                image = start.pasted(self._coder.decode(latents, request.tiled_vae), request.keep_unmasked)
             images.append(GeneratedImage(image, request.seed_of(index), index))
         metrics = clock.metrics(embedding.prompt_tokens, embedding.embeds.shape[0])
-        return GenerationResult(images, metrics, {**self._description, **_hashes(request, inputs)})
+        return GenerationResult(images, metrics, {**self.describe(request), **_hashes(request, inputs)})
 
     def _latents(
         self,
@@ -365,7 +382,7 @@ class ZImagePipeline:
     ) -> Tensor:
         """One picture through all passes: (16, h, w) of the last one's size."""
         device = self._setup.transformer.device
-        latents = self._coder.encode(start.image, generator).to(device) if start.image else None
+        latents = self._coder.encode(start.image, generator, start.in_tiles).to(device) if start.image else None
         for one in passes:
             noise = draw_noise(generator, self._model.channels, one.size).to(device)
             latents = noise if latents is None else enlarged(latents, one.size)
@@ -384,19 +401,22 @@ class ZImagePipeline:
     def _velocity(model: VelocityModel, embedding: PromptEmbedding, one: PlannedPass) -> Velocity:
         """Where latents want to go in this pass, guided where it is to be."""
         levels = list(one.levels)
-        positive = model.plan(embedding.embeds, one.size, levels)
-        if one.guidance.scale == 0:
-            return partial(model.velocity, positive)
-        assert embedding.negative is not None, "a guided request has its negative prompt encoded"
-        negative = model.plan(embedding.negative, one.size, levels)
+        positive = model.plan(embedding.embeds, one.size, levels, one.dype)
+        negative = None
+        if one.guidance.scale > 0:
+            assert embedding.negative is not None, "a guided request has its negative prompt encoded"
+            negative = model.plan(embedding.negative, one.size, levels, one.dype)
 
-        def both(latents: Tensor, step: int) -> Tensor:
-            velocity = model.velocity(positive, latents, step)
-            if not one.guidance.is_active(levels[step]):
-                return velocity
-            return guided(velocity, model.velocity(negative, latents, step), one.guidance)
+        def velocity(latents: Tensor, step: int) -> Tensor:
+            wanted, skipped = _positive(model, positive, latents, step, one)
+            towards = wanted
+            if negative is not None and one.guidance.is_active(levels[step]):
+                towards = guided(wanted, model.velocity(negative, latents, step), one.guidance)
+            if one.slg is not None and skipped is not None:
+                towards = away_from_skipped(towards, wanted, skipped, one.slg.scale)
+            return towards
 
-        return both
+        return velocity
 
     def _embedding(self, request: GenerationRequest, given: PromptEmbedding | None) -> PromptEmbedding:
         """On the transformer's device and in its dtype."""
@@ -424,6 +444,16 @@ class ZImagePipeline:
         return encoder | {self._setup.transformer.device, self._setup.vae.device}
 
 
+def _positive(
+    model: VelocityModel, prompt: Plan, latents: Tensor, step: int, one: PlannedPass
+) -> tuple[Tensor, Tensor | None]:
+    """What the transformer says for the prompt; and what without the skipped layers, in a step that asks for it."""
+    if one.slg is None or not skips_layers(one.slg, step, one.forwards):
+        return model.velocity(prompt, latents, step), None
+    (whole,), (without,) = model.velocities_skipping([prompt], [latents], [step], one.slg.layers)
+    return whole, without
+
+
 @dataclass(frozen=True, slots=True)
 class _Setup:
     """How a checkpoint is run."""
@@ -435,6 +465,7 @@ class _Setup:
     attention_backend: str
     compile_mode: str | None
     fused_loras: tuple[tuple[Path, float], ...]
+    tiling: Tiling
 
 
 @dataclass(slots=True)
@@ -457,10 +488,11 @@ class _Walk:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What the first pass starts from, at its size: RGB picture and 8-bit mask, or neither."""
+    """What the first pass starts from, at its size: RGB picture and 8-bit mask, or neither. `in_tiles` as requested."""
 
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    in_tiles: bool = False
 
     def latent_mask(self, one: PlannedPass, device: torch.device) -> Tensor:
         """(1, h, w) of 0 and 1 by the nearest pixel, 1 where to paint, as diffusers makes it."""
@@ -484,6 +516,7 @@ def _fit(request: GenerationRequest, inputs: Inputs, first: PlannedPass) -> _Sta
     return _Start(
         image=None if inputs.image is None else fitted(inputs.image, first.width, first.height, request.fit),
         mask=None if inputs.mask is None else mask_fitted(inputs.mask, first.width, first.height, request.fit),
+        in_tiles=request.tiled_vae,
     )
 
 

@@ -85,7 +85,7 @@ class Painter:
         pictures = [Picture(grey, request.seed_of(index), index) for index in range(request.n)]
         return Result(pictures, Metrics() if embedding is None else Metrics(encode_ms=0.0))
 
-    def describe(self) -> dict[str, str]:
+    def describe(self, _request: GenerationRequest | None = None) -> dict[str, str]:
         """What it is."""
         return dict(MADE_BY)
 

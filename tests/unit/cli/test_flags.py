@@ -3,6 +3,7 @@
 import shlex
 import tomllib
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,9 +13,9 @@ from tests.unit.cli.conftest import TREE, Terminal
 from zcore.cli import build_parser, main
 from zcore.cli.commission import commissioned
 from zcore.cli.parser import Parser, parse
-from zcore.cli.request_flags import flag_of, request_fields
-from zcore.cli.setting_flags import ALL, LATER, chosen_settings
-from zcore.request import SIZE_FIELDS, GenerationRequest
+from zcore.cli.request_flags import SAID_AS_SETTINGS, flag_of, request_fields
+from zcore.cli.setting_flags import ALL, chosen_settings
+from zcore.request import SIZE_FIELDS, Dype, GenerationRequest
 from zcore.settings import setting_names
 
 # What the model's documentation promises, with `zimage generate` for its script, and what each asks for.
@@ -28,14 +29,24 @@ PROMISED: list[tuple[str, dict[str, Any]]] = [
     ('--model-path /path/to/z-image --width 1536 --height 1024 "A panoramic landscape"', {"width": 1536}),
     ('--long-prompt-mode attention_pool "A prompt"', {"long_prompt_mode": "attention_pool"}),
     ('--encoder-device cpu "A prompt"', {}),
+    (
+        '--model-path /path --dype --dype-scale 2.0 --width 2048 --height 2048 "A landscape"',
+        {"dype": msgspec.to_builtins(Dype(scale=2.0)), "width": 2048, "tiled_vae": False},
+    ),
+    (
+        '--dype --dype-scale 4.0 --tiled-vae --width 4096 --height 4096 "A cityscape"',
+        {"dype": msgspec.to_builtins(Dype(scale=4.0)), "tiled_vae": True},
+    ),
+    (
+        '--slg --slg-scale 2.5 --slg-layers 7,8,9,10,11,12 --slg-start 0.05 --slg-stop 0.5 "A portrait"',
+        {"slg": {"scale": 2.5, "layers": (7, 8, 9, 10, 11, 12), "start": 0.05, "stop": 0.5}},
+    ),
+    (
+        '--tiled-vae --tile-size 512 --tile-overlap 64 --width 2048 --height 2048 "A large image"',
+        {"tiled_vae": True, "slg": None, "dype": None},
+    ),
 ]
 PROMISED_LATER = [
-    ('--model-path /path --dype --dype-scale 2.0 --width 2048 --height 2048 "A landscape"', "--dype"),
-    ('--dype --dype-scale 4.0 --tiled-vae --width 4096 --height 4096 "A cityscape"', "--tiled-vae"),
-    ('--slg --slg-scale 2.5 --slg-layers 7,8,9,10,11,12 --slg-start 0.05 --slg-stop 0.5 "A portrait"', "--slg"),
-    ('--model-path /path/to/z-image --lora style.safetensors:0.8 "A prompt"', "--lora"),
-    ('--lora style.safetensors:0.5 --lora detail.safetensors:0.3 "A prompt"', "--lora"),
-    ('--tiled-vae --tile-size 512 --tile-overlap 64 --width 2048 --height 2048 "A large image"', "--tiled-vae"),
     ('--quantization 8bit "A prompt"', "--quantization"),
     ('--cpu-offload "A prompt"', "--cpu-offload"),
 ]
@@ -53,8 +64,10 @@ def asked(*arguments: str) -> GenerationRequest:
 
 
 def test_every_field_of_a_request_is_a_flag_of_generate() -> None:
-    fields = {*GenerationRequest.__struct_fields__, *SIZE_FIELDS} - {"version"}
     flags = command("generate").flags
+    fields = {*GenerationRequest.__struct_fields__, *SIZE_FIELDS} - {"version", "loras"}
+    assert {flag_of(name) for name in SAID_AS_SETTINGS} <= flags.keys()
+    fields -= set(SAID_AS_SETTINGS)
     assert set(request_fields()) == fields
     assert {name: flags[flag_of(name)].dest for name in fields} == {name: name for name in fields}
 
@@ -110,6 +123,9 @@ def test_every_field_reaches_the_request_as_its_flag_said_it() -> None:
         "n": 2,
         "format": "webp",
         "quality": 80,
+        "tiled_vae": False,
+        "slg": None,
+        "dype": None,
     }
     request = msgspec.to_builtins(asked(*shlex.split(line)))
     passes = request.pop("passes")
@@ -150,6 +166,17 @@ def test_a_promised_command_line_asks_for_what_it_says(
     assert {name: request[name] for name in wanted} == wanted
 
 
+def test_loras_are_files_with_scales(zimage: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("style.safetensors", "detail.safetensors"):
+        (tmp_path / name).touch()
+    said = parse(build_parser(), ["generate", *shlex.split("--lora style.safetensors:0.5 --lora detail.safetensors x")])
+    assert chosen_settings(said).settings.fused_loras == [
+        (tmp_path / "style.safetensors", 0.5),
+        (tmp_path / "detail.safetensors", 1.0),
+    ]
+
+
 @pytest.mark.parametrize(("line", "flag"), PROMISED_LATER)
 def test_a_flag_of_a_later_version_is_understood_and_refused(line: str, flag: str, zimage: Terminal) -> None:
     finished = zimage("generate", *shlex.split(line))
@@ -158,7 +185,7 @@ def test_a_flag_of_a_later_version_is_understood_and_refused(line: str, flag: st
     assert finished.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", [flag for flag in LATER if flag.needs])
+@pytest.mark.parametrize("flag", [flag for flag in ALL if flag.needs])
 def test_a_flag_without_its_switch_is_refused(flag: Any, zimage: Terminal) -> None:
     value = {"dype.method": "ntk", "slg.layers": "3,4", "pytorch.tile_size": "256"}.get(flag.settings[0], "0")
     value = "1" if flag.names[0] in ("--dype-scale", "--dype-exponent") else value

@@ -131,3 +131,11 @@ def test_a_failure_that_is_nobodys_mistake_is_status_1(zimage: Terminal, monkeyp
     finished = zimage("generate", "x", "--profile", "demo", *SMALL)
     assert finished.status == 1
     assert finished.err == "zimage: 64x64 does not fit the memory of cuda:0: out of memory\n"
+
+
+def test_a_lora_changes_the_picture_and_is_named_in_it(zimage: Terminal) -> None:
+    night = TREE / "zcore" / "demo" / "loras" / "demo-night.safetensors"
+    zimage.paint("a red circle", *SMALL, "--seed", "1", "--output", "plain.png")
+    zimage.paint("a red circle", *SMALL, "--seed", "1", "--lora", f"{night}:0.8", "--output", "night.png")
+    assert Path("plain.png").read_bytes() != Path("night.png").read_bytes()
+    assert parameters("night.png").made_by["lora_fused:demo-night"].endswith(" at 0.8")

@@ -151,9 +151,9 @@ def _our_latents(
     seen: list[torch.Tensor] = []
     decode = PictureCoder.decode
 
-    def recording(decoder: PictureCoder, latents: torch.Tensor) -> Image.Image:
+    def recording(decoder: PictureCoder, latents: torch.Tensor, tiled: bool) -> Image.Image:
         seen.append(latents.clone())
-        return decode(decoder, latents)
+        return decode(decoder, latents, tiled)
 
     with monkeypatch.context() as patched:
         patched.setattr(PictureCoder, "decode", recording)

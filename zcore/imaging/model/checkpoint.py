@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import msgspec
 
-from zcore.errors import CheckpointError
+from zcore.errors import CheckpointError, FieldError, InvalidRequest
+from zcore.request import GenerationRequest, said_everywhere
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CLASSES = {
@@ -85,6 +86,22 @@ def check_layout(folder: Path, components: Sequence[str]) -> None:
     if read_json(config).get("model_type") != "qwen3":
         # transformers fills an empty configuration with its own idea of the network, of eight billion parameters.
         raise CheckpointError(f"{config}: model_type has to be qwen3")
+
+
+def layer_count(folder: Path) -> int:
+    """How many main blocks the transformer has, by its configuration: 30."""
+    return int(read_json(folder / "transformer" / "config.json")["n_layers"])
+
+
+def check_layers(request: GenerationRequest, count: int) -> None:
+    """Raise `InvalidRequest` for a layer to be skipped that a transformer of so many does not have."""
+    faults = [
+        FieldError(f"{pointer}/layers", f"names layer {max(slg.layers)}; this checkpoint has 0 to {count - 1}")
+        for pointer, slg in said_everywhere(request.slg, request.passes, "slg")
+        if max(slg.layers) >= count
+    ]
+    if faults:
+        raise InvalidRequest(faults)
 
 
 def revision(folder: Path, components: Sequence[str]) -> str:

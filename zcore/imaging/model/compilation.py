@@ -12,9 +12,10 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from zcore.imaging.model.attention import Attend
-from zcore.imaging.model.forward import Conditions, Transformer, forward
+from zcore.imaging.model.forward import Conditions, Transformer, forward, forward_skipping
 
 Forward = Callable[[Transformer, Tensor, Conditions, Attend], Tensor]
+ForwardSkipping = Callable[[Transformer, Tensor, Conditions, Attend, tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
 def compiled(mode: str) -> Forward:
@@ -24,14 +25,23 @@ def compiled(mode: str) -> Forward:
     they consist of: other layers, kinds or ranks (up to a power of two) are another graph, other values are not. What
     comes when torch holds as many graphs as it may is run as it stands.
     """
-    graph: Any = cast(Any, torch).compile(forward, fullgraph=True, mode=mode)
+    return _compiled(forward, mode)
 
-    def run(weights: Transformer, tokens: Tensor, conditions: Conditions, attend: Attend) -> Tensor:
+
+def compiled_skipping(mode: str) -> ForwardSkipping:
+    """`forward_skipping`, as `compiled` is `forward`; other skipped blocks are another graph."""
+    return _compiled(forward_skipping, mode)
+
+
+def _compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    graph: Any = cast(Any, torch).compile(function, fullgraph=True, mode=mode)
+
+    def run(weights: Transformer, tokens: Tensor, conditions: Conditions, *rest: Any) -> Any:
         _mark_varying(tokens, conditions)
         try:
-            return graph(weights, tokens, conditions, attend)
+            return graph(weights, tokens, conditions, *rest)
         except FailOnRecompileLimitHit:
-            return forward(weights, tokens, conditions, attend)
+            return function(weights, tokens, conditions, *rest)
 
     return run
 

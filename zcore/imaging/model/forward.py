@@ -133,6 +133,22 @@ def forward(weights: Transformer, tokens: Tensor, conditions: Conditions, attend
     return finish(weights, hidden, tokens.shape[1], conditions)
 
 
+def forward_skipping(
+    weights: Transformer, tokens: Tensor, conditions: Conditions, attend: Attend, skipped: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """What `forward` gives, and what it would give without the main blocks `skipped`, bit for bit.
+
+    The blocks before the first of these are the same for both, and run once. Raises ValueError for no blocks.
+    """
+    first, count = min(skipped), len(weights.layers)
+    prefix = run_layers(weights, begin(weights, tokens, conditions, attend), range(first), conditions, attend)
+    kept = [index for index in range(first, count) if index not in skipped]
+    whole = run_layers(weights, prefix, range(first, count), conditions, attend)
+    without = run_layers(weights, prefix, kept, conditions, attend)
+    length = tokens.shape[1]
+    return finish(weights, whole, length, conditions), finish(weights, without, length, conditions)
+
+
 def begin(weights: Transformer, tokens: Tensor, conditions: Conditions, attend: Attend) -> Tensor:
     """What enters the main blocks, (B, S, D): the embedded and refined picture, and the caption behind it."""
     length = tokens.shape[1]

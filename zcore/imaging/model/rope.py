@@ -43,19 +43,21 @@ def picture_places(frame: int, rows: int, columns: int, length: int) -> Tensor:
     return functional.pad(grid, (0, 0, 0, length - len(grid)))
 
 
-def rotary(places: Tensor, axis_frequencies: Sequence[Tensor], device: torch.device) -> Rotary:
-    """The tables of tokens at `places` (S, axes), on `device`.
+def rotary(
+    places: Tensor, axis_frequencies: Sequence[Tensor], device: torch.device, amplitudes: Sequence[float] = (1, 1, 1)
+) -> Rotary:
+    """The tables of tokens at `places` (S, axes), on `device`. Turned pairs of an axis grow by its amplitude.
 
     Angles are float64 products rounded to float32, as in diffusers, and so small that a CPU makes them: one row for
     each place on an axis, which the tokens then look up.
     """
     where = places.to(device)
     circles: list[Tensor] = []
-    for axis, per_place in enumerate(axis_frequencies):
+    for axis, (per_place, amplitude) in enumerate(zip(axis_frequencies, amplitudes, strict=True)):
         count = int(places[:, axis].max()) + 1
         angles = torch.outer(torch.arange(count, dtype=torch.float64), per_place).float()
         # torch.cos differs from this one in last bits, and diffusers takes this one.
-        circle = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
+        circle = torch.view_as_real(torch.polar(torch.full_like(angles, amplitude), angles)).to(device)
         circles.append(circle[where[:, axis]])  # (S, dim / 2, 2)
     first = torch.cat(circles, -2)
     return Rotary(first, torch.stack((-first[..., 1], first[..., 0]), -1))

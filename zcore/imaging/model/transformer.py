@@ -5,9 +5,10 @@ runs one forward a step by it. Hides the network's conventions: patches, padding
 arithmetic. Keeps nothing between calls. Does not know the schedule's formula and the sampler.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import cast
 
@@ -16,22 +17,35 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from zcore.imaging.geometry import PATCH_LATENTS, LatentSize, padded
+from zcore.imaging.geometry import PATCH_LATENTS, SIDE_MULTIPLE_PX, LatentSize, padded
 from zcore.imaging.model.attention import Attend, sdpa
-from zcore.imaging.model.compilation import compiled
-from zcore.imaging.model.forward import Conditions, Modulation, Transformer, forward, modulate, refine_caption
+from zcore.imaging.model.compilation import compiled, compiled_skipping
+from zcore.imaging.model.dype import AxisTurn, axis_turns, stretches
+from zcore.imaging.model.forward import (
+    Conditions,
+    Modulation,
+    Transformer,
+    forward,
+    forward_skipping,
+    modulate,
+    refine_caption,
+)
 from zcore.imaging.model.lora import LoraWeights, ScaledLora, adapted, bind, changeable
 from zcore.imaging.model.lora_file import parse_lora
 from zcore.imaging.model.rope import Rotary, caption_places, frequencies, picture_places, rotary
+from zcore.request import Dype
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture to be painted: embeddings of its prompt (L, hidden), its size, and noise levels from first to 0."""
+    """A picture to be painted: embeddings of its prompt (L, hidden), its size, noise levels from first to 0, and how
+    its positions are stretched, if they are.
+    """
 
     prompt_embeds: Tensor
     size: LatentSize
     sigmas: Sequence[float]
+    dype: Dype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +55,7 @@ class Plan:
     size: LatentSize
     caption: Tensor  # (1, P, D), refined
     is_padding: Tensor  # (1, N, 1), boolean
-    rotary: Sequence[Rotary]  # of (1, N + P) tokens: one for all steps, or one a step
+    rotary: Sequence[Callable[[], Rotary]]  # of (1, N + P) tokens: one for all steps, or one a step
     modulations: Sequence[Modulation]  # one a step
 
     @property
@@ -56,7 +70,7 @@ class Plan:
 
     def rotary_at(self, step: int) -> Rotary:
         """The table that turns queries and keys in this step."""
-        return self.rotary[step if len(self.rotary) > 1 else 0]
+        return self.rotary[step if len(self.rotary) > 1 else 0]()
 
 
 class VelocityModel:
@@ -78,9 +92,12 @@ class VelocityModel:
         self._dtype = dtype
         self._attend = attend
         self._run = forward if compile_mode is None else compiled(compile_mode)
+        self._run_skipping = forward_skipping if compile_mode is None else compiled_skipping(compile_mode)
         self._frequencies = frequencies(self._weights.config.rope_theta, self._weights.config.axes_dims)
         self.channels = int(self._weights.config.in_channels)
         """Channels of a latent: 16."""
+        self.layer_count = len(self._weights.layers)
+        """Main blocks: 30."""
         self.prompt_width = int(self._weights.config.cap_feat_dim)
         """Numbers a token of an embedding: 2560."""
 
@@ -101,12 +118,12 @@ class VelocityModel:
         other._weights = cast(Transformer, network)
         return other
 
-    def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: Sequence[float]) -> Plan:
+    def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: Sequence[float], dype: Dype | None = None) -> Plan:
         """Everything about a picture that is known before its first step; `prompt_embeds` is (L, hidden).
 
         The last of `sigmas` is where the picture ends, and has no step.
         """
-        (plan,) = self.plans([Sample(prompt_embeds, size, sigmas)])
+        (plan,) = self.plans([Sample(prompt_embeds, size, sigmas, dype)])
         return plan
 
     def plans(self, samples: Sequence[Sample]) -> list[Plan]:
@@ -123,7 +140,7 @@ class VelocityModel:
                 size=sample.size,
                 caption=caption,
                 is_padding=self._is_padding(sample.size),
-                rotary=(self._rotary(sample.size, caption.shape[1]),),
+                rotary=self._rotary(sample, caption.shape[1]),
                 modulations=[
                     Modulation(modulation.blocks[:, :, row : row + 1], modulation.final[row : row + 1])
                     for modulation in modulations[: len(sample.sigmas) - 1]
@@ -139,15 +156,35 @@ class VelocityModel:
 
     def velocities(self, plans: Sequence[Plan], latents: Sequence[Tensor], steps: Sequence[int]) -> list[Tensor]:
         """The velocities of several samples in one forward: of any sizes and prompts, each at its own step."""
+        moved = self._run(self._weights, self._tokens(plans, latents), conditions_of(plans, steps), self._attend)
+        return self._pictures(moved, plans)
+
+    def velocities_skipping(
+        self, plans: Sequence[Plan], latents: Sequence[Tensor], steps: Sequence[int], layers: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What `velocities` gives, and what it would give without these of the main blocks.
+
+        `layers` are some of `range(layer_count)`. The blocks before the first of them run once for both, so it costs
+        less than twice as much.
+        """
+        tokens, conditions = self._tokens(plans, latents), conditions_of(plans, steps)
+        whole, without = self._run_skipping(self._weights, tokens, conditions, self._attend, tuple(sorted(layers)))
+        return self._pictures(whole, plans), self._pictures(without, plans)
+
+    def _tokens(self, plans: Sequence[Plan], latents: Sequence[Tensor]) -> Tensor:
+        """(B, N, 64), zeros where a picture has fewer."""
         length = max(plan.picture_length for plan in plans)
         channels = self.channels * PATCH_LATENTS**2
         tokens = torch.zeros(len(plans), length, channels, dtype=self._dtype, device=self._device)
         for row, plan, sample in zip(tokens, plans, latents, strict=True):
             _patches(row, plan.size).copy_(sample.view(_patches(row, plan.size).shape))
-        moved = self._run(self._weights, tokens, conditions_of(plans, steps), self._attend)
+        return tokens
+
+    def _pictures(self, tokens: Tensor, plans: Sequence[Plan]) -> list[Tensor]:
+        """Each (16, h, w)."""
         return [
             _patches(row, plan.size).reshape(self.channels, plan.size.height, plan.size.width)
-            for row, plan in zip(moved, plans, strict=True)
+            for row, plan in zip(tokens, plans, strict=True)
         ]
 
     @property
@@ -174,12 +211,28 @@ class VelocityModel:
         count = _tokens(size)
         return (torch.arange(padded(count), device=self._device) >= count)[None, :, None]
 
-    def _rotary(self, size: LatentSize, caption_length: int) -> Rotary:
-        rows, columns = size.height // PATCH_LATENTS, size.width // PATCH_LATENTS
+    def _rotary(self, sample: Sample, caption_length: int) -> Sequence[Callable[[], Rotary]]:
+        """Where positions are stretched, the table of a step is made when it is used: at 4096 px it takes 67 MB."""
+        rows, columns = sample.size.height // PATCH_LATENTS, sample.size.width // PATCH_LATENTS
         picture = picture_places(caption_length + 1, rows, columns, padded(rows * columns))
         places = torch.cat((picture, caption_places(caption_length)))
-        table = rotary(places, self._frequencies, self._device)
-        return Rotary(table.first[None], table.second[None])
+        if sample.dype is None or not stretches(sample.dype, columns * SIDE_MULTIPLE_PX, rows * SIDE_MULTIPLE_PX):
+            table = _batched(rotary(places, self._frequencies, self._device))
+            return [lambda: table]
+        config = self._weights.config
+        turns = [
+            axis_turns(sample.dype, config.rope_theta, config.axes_dims, (rows, columns), sigma)
+            for sigma in sample.sigmas[:-1]
+        ]
+        return [partial(self._turned, places, one) for one in turns]
+
+    def _turned(self, places: Tensor, turns: Sequence[AxisTurn]) -> Rotary:
+        frequencies, amplitudes = [one.frequencies for one in turns], [one.amplitude for one in turns]
+        return _batched(rotary(places, frequencies, self._device, amplitudes))
+
+
+def _batched(table: Rotary) -> Rotary:
+    return Rotary(table.first[None], table.second[None])
 
 
 def conditions_of(plans: Sequence[Plan], steps: Sequence[int]) -> Conditions:

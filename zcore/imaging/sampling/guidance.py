@@ -1,8 +1,9 @@
-"""Classifier-free guidance: two predictions in, one out.
+"""Classifier-free guidance and skip layer guidance: two predictions in, one out.
 
-Takes what the transformer says for the prompt and for the negative prompt; gives the guided velocity. Plain functions
-of tensors; does not know the model. Written after the official Z-Image code and diffusers (Apache-2.0): a scale g adds
-g times the difference, so the usual weight is 1 + g (Ho and Salimans 2022, https://arxiv.org/abs/2207.12598).
+Takes what the transformer says for the prompt, for the negative prompt and without some of its layers; gives the guided
+velocity. Plain functions of tensors; does not know the model. The first is written after the official Z-Image code and
+diffusers (Apache-2.0): a scale g adds g times the difference, so the usual weight is 1 + g (Ho and Salimans 2022,
+https://arxiv.org/abs/2207.12598). The second is that of Stable Diffusion 3.5 (Stability AI 2024), with the same habit.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from zcore.request import SkipLayerGuidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,16 @@ def guided(positive: Tensor, negative: Tensor, guidance: Guidance) -> Tensor:
         norm = _norm(prediction)
         prediction = torch.where(norm > most, prediction * (most / norm), prediction)
     return prediction
+
+
+def skips_layers(slg: SkipLayerGuidance, step: int, steps: int) -> bool:
+    """Whether skip layer guidance acts in this step of so many: start <= step / steps < stop."""
+    return slg.scale > 0 and slg.start <= step / steps < slg.stop
+
+
+def away_from_skipped(velocity: Tensor, positive: Tensor, skipped: Tensor, scale: float) -> Tensor:
+    """velocity + scale (positive - skipped): guided or not before, led away from what skipped layers leave."""
+    return velocity + scale * (positive - skipped)
 
 
 def _norm(picture: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from zcore.imaging.geometry import LatentSize, latent_size
 from zcore.imaging.sampling.guidance import Guidance
 from zcore.imaging.sampling.schedule import sigmas
-from zcore.request import GenerationRequest, Pass
+from zcore.request import Dype, GenerationRequest, Pass, SkipLayerGuidance
 from zcore.sizes import SIDE_MULTIPLE_PX
 
 REFINING_STRENGTH = 0.5
@@ -21,12 +21,14 @@ REFINING_STRENGTH = 0.5
 
 @dataclass(frozen=True, slots=True)
 class PlannedPass:
-    """One pass: its size, its noise levels (the last is 0), its guidance."""
+    """One pass: its size, its noise levels (the last is 0), its guidance of both kinds, its positions."""
 
     width: int
     height: int
     levels: tuple[float, ...]
     guidance: Guidance
+    slg: SkipLayerGuidance | None
+    dype: Dype | None
 
     @property
     def forwards(self) -> int:
@@ -67,6 +69,8 @@ def _planned(request: GenerationRequest, one: Pass, index: int) -> PlannedPass:
         height=_scaled(request.height, one.scale),
         levels=tuple(levels),
         guidance=Guidance(scale, request.cfg_normalization, request.cfg_truncation),
+        slg=one.slg or request.slg,
+        dype=one.dype or request.dype,
     )
 
 

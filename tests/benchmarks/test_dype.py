@@ -1,0 +1,67 @@
+"""What DyPE does to the demo model's pictures above the size it was trained at.
+
+Method: held-out captions of one object, a group and a pair, painted at 256x256 and 512x512 with the same seeds in each
+way, and judged by the checker, which looks at every picture at 128 px. A grid of the first eight at each size, a way a
+row, is written to the folder that ZIMAGE_TEST_GRIDS names, if any. The base resolution is that of the demo profile, so
+that a checkpoint trained at another size is measured as it is shipped.
+"""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.benchmarks.report import report
+from zcore.demo import CHECKPOINT
+from zcore.demo.captions import caption
+from zcore.demo.check import judge
+from zcore.demo.vocabulary import Kind, draw_picture
+from zcore.imaging.pipeline import ZImagePipeline
+from zcore.request import Dype, GenerationRequest
+from zcore.settings import load_settings
+
+pytestmark = pytest.mark.benchmarks
+
+KINDS: tuple[Kind, ...] = ("object", "count", "pair")
+BASE = load_settings({"ZIMAGE_PROFILE": "demo"}).dype.base_resolution
+WAYS: dict[str, Dype | None] = {
+    "plain": None,
+    "vision_yarn": Dype(base_resolution=BASE),
+    "yarn": Dype(method="yarn", base_resolution=BASE),
+    "ntk": Dype(method="ntk", base_resolution=BASE),
+    "static yarn": Dype(method="yarn", dynamic=False, base_resolution=BASE),
+    "static ntk": Dype(method="ntk", dynamic=False, base_resolution=BASE),
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> ZImagePipeline:
+    torch.set_num_threads(1)
+    return ZImagePipeline.from_pretrained(CHECKPOINT, torch_dtype="float32", dit_device="cpu", encoder_device="cpu")
+
+
+@pytest.mark.parametrize(("side", "tried"), [(256, 60), (512, 18)])
+def test_above_the_trained_size(pipeline: ZImagePipeline, side: int, tried: int) -> None:
+    right: dict[str, float] = {}
+    rows: list[np.ndarray] = []
+    for way, dype in WAYS.items():
+        rng = random.Random("dype")
+        verdicts: list[bool] = []
+        row: list[np.ndarray] = []
+        for index in range(tried):
+            wanted = draw_picture(rng, KINDS[index % 3], held_out=True)
+            request = GenerationRequest(
+                prompt=caption(wanted, rng, True), width=side, height=side, seed=index, dype=dype
+            )
+            pixels = np.asarray(pipeline.generate(request).images[0].image)
+            verdicts.append(judge(wanted, pixels).all_right)
+            row.append(np.asarray(Image.fromarray(pixels).resize((128, 128))))
+        right[way] = round(sum(verdicts) / tried, 3)
+        rows.append(np.concatenate(row[:8], 1))
+    report(f"all right at {side}x{side}, {tried} captions, base resolution {BASE}", **right)
+    if folder := os.environ.get("ZIMAGE_TEST_GRIDS"):
+        Image.fromarray(np.concatenate(rows)).save(Path(folder) / f"dype-{side}.png")

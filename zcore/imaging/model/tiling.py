@@ -1,0 +1,80 @@
+"""A large whole out of small tiles: where they lie, and how they fade into each other.
+
+Takes a whole's sides, a tiling and a function that computes one tile; gives the whole, gathered in float32 on the CPU.
+So the function's device holds one tile at a time, however large the whole. Does not know what is computed.
+
+Tiles lie a stride apart; the last is moved back until it ends where the whole does. Where two overlap, each fades in
+and out by weights (i + .5) / n, and weights are divided by their sum, so they add up to one everywhere. A side at the
+whole's own border does not fade: a constant stays a constant to the last pixel.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zcore.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Side of a tile and how far neighbours overlap, in pixels, both multiples of 8.
+
+    Raises `CheckpointError` for an overlap of more than half a tile.
+    """
+
+    size_px: int = 512
+    overlap_px: int = 64
+
+    def __post_init__(self) -> None:
+        if self.overlap_px > self.size_px // 2:
+            raise CheckpointError(
+                f"tile_overlap: {self.overlap_px} px is more than half of tile_size, {self.size_px} px"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One tile's part of one axis, and its share of each place there: float32 (stop - start,)."""
+
+    start: int
+    stop: int
+    shares: Tensor
+
+
+def spans(length: int, size: int, overlap: int) -> list[Span]:
+    """The tiles of an axis from first to last; one alone where `length` is at most `size`. All in one unit."""
+    if length <= size:
+        return [Span(0, length, torch.ones(length))]
+    starts = [*range(0, length - size, size - overlap), length - size]
+    weights = [_faded(size, overlap, first=start == 0, last=start == length - size) for start in starts]
+    total = torch.zeros(length)
+    for start, weight in zip(starts, weights, strict=True):
+        total[start : start + size] += weight
+    return [
+        Span(start, start + size, weight / total[start : start + size])
+        for start, weight in zip(starts, weights, strict=True)
+    ]
+
+
+def gathered(
+    rows: Sequence[Span], columns: Sequence[Span], channels: int, tile_of: Callable[[Span, Span], Tensor]
+) -> Tensor:
+    """The whole, float32 (channels, height, width) on the CPU, of tiles (channels, rows, columns) of any float type."""
+    whole = torch.zeros(channels, rows[-1].stop, columns[-1].stop)
+    for row in rows:
+        for column in columns:
+            tile = tile_of(row, column).to("cpu", torch.float32)
+            whole[:, row.start : row.stop, column.start : column.stop] += tile * row.shares[:, None] * column.shares
+    return whole
+
+
+def _faded(size: int, overlap: int, *, first: bool, last: bool) -> Tensor:
+    weights = torch.ones(size)
+    ramp = (torch.arange(overlap) + 0.5) / max(overlap, 1)
+    if not first:
+        weights[:overlap] = ramp
+    if not last:
+        weights[size - overlap :] *= ramp.flip(0)
+    return weights
