@@ -48,6 +48,11 @@ class Written:
 Layout = Callable[[Shapes], Written]
 
 
+def layers_of(shapes: Shapes) -> list[str]:
+    """Those of `LAYERS` that a network has; one in a test may be shallow."""
+    return [layer for layer in LAYERS if layer in shapes]
+
+
 def random(*shape: int) -> Tensor:
     """Small beside the weights, as a trained one is."""
     return 0.5 * torch.randn(*shape) / shape[-1] ** 0.5
@@ -58,7 +63,7 @@ def low_rank(prefix: str, down: str, up: str, alpha: float | None = None, flat: 
 
     def write(shapes: Shapes) -> Written:
         written = Written()
-        for layer in LAYERS:
+        for layer in layers_of(shapes):
             out, into = shapes[layer]
             a, b = random(RANK, into), random(out, RANK)
             key = f"{prefix}{layer.replace('.', '_') if flat else layer}"
@@ -109,7 +114,7 @@ def loha(prefix: str, flat: bool) -> Layout:
 
     def write(shapes: Shapes) -> Written:
         written = Written()
-        for layer in LAYERS:
+        for layer in layers_of(shapes):
             out, into = shapes[layer]
             key = f"{prefix}{layer.replace('.', '_') if flat else layer}"
             a1, b1, a2, b2 = random(out, RANK), random(RANK, into), random(out, RANK), random(RANK, into)
@@ -126,7 +131,7 @@ def lokr(prefix: str, flat: bool, left_rank: int | None, right_rank: int | None)
 
     def write(shapes: Shapes) -> Written:
         written = Written()
-        for layer in LAYERS:
+        for layer in layers_of(shapes):
             out, into = shapes[layer]
             key = f"{prefix}{layer.replace('.', '_') if flat else layer}"
             sides: list[Tensor] = []
@@ -162,7 +167,7 @@ def dora(layout: Layout, key: str) -> Layout:
 
     def write(shapes: Shapes) -> Written:
         written = layout(shapes)
-        for layer in LAYERS:
+        for layer in layers_of(shapes):
             magnitude = torch.rand(shapes[layer][0]) + 0.5
             written.magnitudes[layer] = magnitude
             shaped = magnitude[:, None] if "dora_scale" in key else magnitude
