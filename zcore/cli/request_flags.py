@@ -77,7 +77,7 @@ _OWN_HELP = {
 
 def request_fields() -> tuple[str, ...]:
     """All fields that flags are made of, in the order of the request."""
-    unsaid = ("version", *SAID_AS_SETTINGS)
+    unsaid = (*UNSAID, *SAID_AS_SETTINGS)
     return (*(name for name in GenerationRequest.__struct_fields__ if name not in unsaid), *SIZE_FIELDS)
 
 

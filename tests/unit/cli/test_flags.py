@@ -126,6 +126,7 @@ def test_every_field_reaches_the_request_as_its_flag_said_it() -> None:
         "tiled_vae": False,
         "slg": None,
         "dype": None,
+        "loras": (),
     }
     request = msgspec.to_builtins(asked(*shlex.split(line)))
     passes = request.pop("passes")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.unit.cli.conftest import Terminal
+from tests.unit.cli.conftest import TREE, Terminal
 from zcore.errors import OutOfMemory
 from zcore.imaging.encode import PictureParameters, read_parameters
 from zcore.imaging.pipeline import ZImagePipeline

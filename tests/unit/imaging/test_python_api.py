@@ -32,7 +32,8 @@ def differ(one: Image.Image, other: Image.Image) -> bool:
 def test_basic_generation(pipe: ZImagePipeline, tmp_path: Path) -> None:
     image = pipe("A cat sleeping in sunlight", height=64, width=96, num_inference_steps=9)
     image.save(tmp_path / "output.png")
-    assert Image.open(tmp_path / "output.png").size == (96, 64)
+    with Image.open(tmp_path / "output.png") as saved:
+        assert saved.size == (96, 64)
 
 
 def test_a_generator_is_a_seed(pipe: ZImagePipeline) -> None:
