@@ -6,7 +6,6 @@ object; `footprint` runs that and reads it. A process of its own, because the pe
 
 import importlib
 import json
-import re
 import subprocess
 import sys
 import time
@@ -52,8 +51,8 @@ def _measure(folder: Path, width: int, height: int, threads: int) -> dict[str, f
 
 def _peak_mib() -> float:
     """Linux's own word: what `getrusage` says of a process includes the one that started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # pyright: ignore[reportOptionalSubscript]
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 if __name__ == "__main__":
