@@ -48,14 +48,11 @@ def spans(length: int, size: int, overlap: int) -> list[Span]:
     if length <= size:
         return [Span(0, length, torch.ones(length))]
     starts = [*range(0, length - size, size - overlap), length - size]
-    weights = [_faded(size, overlap, first=start == 0, last=start == length - size) for start in starts]
+    weights = _faded(size, overlap)
     total = torch.zeros(length)
-    for start, weight in zip(starts, weights, strict=True):
-        total[start : start + size] += weight
-    return [
-        Span(start, start + size, weight / total[start : start + size])
-        for start, weight in zip(starts, weights, strict=True)
-    ]
+    for start in starts:
+        total[start : start + size] += weights
+    return [Span(start, start + size, weights / total[start : start + size]) for start in starts]
 
 
 def gathered(
@@ -70,11 +67,10 @@ def gathered(
     return whole
 
 
-def _faded(size: int, overlap: int, *, first: bool, last: bool) -> Tensor:
+def _faded(size: int, overlap: int) -> Tensor:
+    """Weights of a tile along an axis, where it is alone and where it fades."""
     weights = torch.ones(size)
     ramp = (torch.arange(overlap) + 0.5) / max(overlap, 1)
-    if not first:
-        weights[:overlap] = ramp
-    if not last:
-        weights[size - overlap :] *= ramp.flip(0)
+    weights[:overlap] = ramp
+    weights[size - overlap :] *= ramp.flip(0)
     return weights
