@@ -44,7 +44,7 @@ class Branched(nn.Module):
         return self.base(x) + (x @ self.down.T) @ self.up.T
 
 
-def train_lora(place: Workplace, steps: int = 150, batch: int = 32) -> None:
+def train_lora(place: Workplace, steps: int = 300, batch: int = 32) -> None:
     """Train both styles from their kept states, or anew; `export_loras` writes them."""
     for style in STYLES:
         _train(place, style, steps, batch)

@@ -98,7 +98,7 @@ class Painter:
         return caption(picture, rng)
 
 
-def train_transformer(place: Workplace, steps: int = 9000, batch: int = 32, check_every: int = 300) -> Any:
+def train_transformer(place: Workplace, steps: int = 7800, batch: int = 32, check_every: int = 300) -> Any:
     """Train from the kept state, or anew; gives the transformer with averaged weights."""
     torch.manual_seed(0)
     painter, model = Painter(place), fresh_transformer().to(place.device)

@@ -80,9 +80,10 @@ def test_any_text_survives_its_tokenizer(pipeline: Any) -> None:
         assert pipeline.tokenizer.decode(pipeline.tokenizer(text)["input_ids"]) == text
 
 
-def test_it_paints_what_it_was_never_shown(pipeline: Any) -> None:
+@pytest.mark.parametrize(("width", "height"), [(128, 128), (96, 160), (256, 256)])
+def test_it_paints_what_it_was_never_shown(pipeline: Any, width: int, height: int) -> None:
     asks = draw_asks(40)
-    painted = paint_all(pipeline, asks, Trial("8 steps"))
+    painted = paint_all(pipeline, asks, Trial("8 steps", width, height))
     verdicts = [judge(ask.picture, pixels) for ask, pixels in zip(asks, painted, strict=True)]
     single = [v for v, ask in zip(verdicts, asks, strict=True) if ask.picture.kind == "object"]
     for measure, least in (("background", 0.95), ("colour", 0.95), ("position", 0.95), ("shape", 0.95)):
