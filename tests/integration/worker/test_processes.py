@@ -139,10 +139,10 @@ def test_a_ring_wakes_the_worker_and_the_picture_is_the_requests(wired: Wired) -
 
 def test_a_picture_is_painted_from_the_one_before(wired: Wired) -> None:
     first = submit(wired.database)
-    wired.doorbell.announce()
+    wired.doorbell.announce(Stage.GENERATE)
     (start,) = wait_for(wired.database, first, "succeeded").outputs
     second = submit(wired.database, image=f"output:{first}/0", strength=0.5)
-    wired.doorbell.announce()
+    wired.doorbell.announce(Stage.GENERATE)
     (output,) = wait_for(wired.database, second, "succeeded").outputs
     parameters = read_parameters((wired.running.log.parent / "storage" / output.key).read_bytes())
     assert parameters is not None
