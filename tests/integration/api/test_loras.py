@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_nothing_is_stored_of_a_file_whose_name_is_taken(open_api: Api) -> None:
 
 def test_one_name_taken_many_times_at_once_has_one_winner_whose_file_is_there(open_api: Api) -> None:
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda content: register(open_api, "noon", content), [NIGHT, OUTLINE] * 8))
+        answers = list(pool.map(partial(register, open_api, "noon"), [NIGHT, OUTLINE] * 8))
     assert {answer.status_code for answer in answers} == {201, 409}
     (kept,) = {answer.json()["sha256"] for answer in answers if answer.status_code == 201}
     assert (open_api.installation.folder / "storage" / key_of("noon", kept)).is_file()
