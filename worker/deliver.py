@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpx
 import msgspec
@@ -39,6 +40,7 @@ ANSWER_READ_BYTES = 4096
 ANSWER_WITHIN_S = 2.0
 # A body stays below the 20 kB that Standard Webhooks asks for, with eight pictures too; the job's address has the rest.
 PROMPT_TOLD_CHARACTERS = 1000
+OTHER_TEXT_TOLD_CHARACTERS = 100
 JITTER = 0.1
 LONGEST_RETRY_AFTER_S = 86_400.0
 GONE = 410
@@ -157,10 +159,14 @@ class Deliverer:
     def _body(self, webhook: DueWebhook) -> bytes:
         resource = msgspec.convert(webhook.snapshot, JobResource)
         job = linked(resource, webhook.output_keys, self._public_url, self._link)
-        prompt = str(job.request["prompt"])
-        if len(prompt) > PROMPT_TOLD_CHARACTERS:
-            job = msgspec.structs.replace(job, request={**job.request, "prompt": f"{prompt[:PROMPT_TOLD_CHARACTERS]}…"})
+        job = msgspec.structs.replace(job, request={name: _told(name, value) for name, value in job.request.items()})
         return msgspec.json.encode({"type": webhook.type, "timestamp": webhook.created_at, "data": job})
+
+
+def _told(name: str, value: Any) -> Any:
+    """A field of the request: of a long text its beginning, anything else as it is."""
+    at_most = PROMPT_TOLD_CHARACTERS if name == "prompt" else OTHER_TEXT_TOLD_CHARACTERS
+    return f"{value[:at_most]}…" if isinstance(value, str) and len(value) > at_most else value
 
 
 async def _beginning_of(response: httpx.Response) -> str:

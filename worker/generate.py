@@ -78,8 +78,12 @@ class Generator(JobLoop):
 
     def _paint(self, job: Job, lease: Lease, pulse: Pulse) -> _Painted:
         request = msgspec.convert(job.request, GenerationRequest)
+        is_encoded = job.stage == Stage.GENERATE and job.embedding_attempt is not None
+        if not (is_encoded or self._encodes):
+            raise EmbeddingLost("the prompt has not been encoded yet")
         inputs = self._inputs.fetch(request, job.owner)
-        if job.stage == Stage.GENERATE and job.embedding_attempt is not None:
+        if is_encoded:
+            assert job.embedding_attempt is not None
             try:
                 key = embeddings.key_of(job.id, job.embedding_attempt)
                 result = self._paint_from(key, request, inputs, pulse)
@@ -88,8 +92,6 @@ class Generator(JobLoop):
                 if not self._encodes:
                     raise
                 log.warning("embedding.lost", error=lost.message)
-        elif not self._encodes:
-            raise EmbeddingLost("the prompt has not been encoded yet")
         result = self._pipeline.generate(request, pulse.on_step, inputs.pictures)
         return _Painted(job, lease, pulse, request, inputs, result, from_embedding=False)
 

@@ -58,8 +58,11 @@ class FolderOfLoras:
         path = self._files().get(name)
         if path is None:
             return None
-        state = path.stat()
-        return LoraFile(f"{state.st_mtime_ns} {state.st_size}", path.read_bytes)
+        try:
+            state = path.stat()
+        except FileNotFoundError:
+            return None  # it went after it was listed, or is a link to nothing
+        return LoraFile(f"{state.st_mtime_ns} {state.st_size}", partial(_read, path))
 
     def _files(self) -> dict[str, Path]:
         if self._folder is None:
@@ -82,6 +85,14 @@ class RegisteredLoras:
         with self._database.read() as transaction:
             lora = loras.find(transaction, name)
             return None if lora is None else LoraFile(lora.sha256, partial(self._storage.get, lora.storage_key))
+
+
+def _read(path: Path) -> bytes:
+    """Raises `InvalidRequest`: a file that the operator left unreadable must not look like a defect of the worker."""
+    try:
+        return path.read_bytes()
+    except OSError as fault:
+        raise InvalidRequest.field("loras", f"`{path.name}` cannot be read: {fault.strerror}") from fault
 
 
 @dataclass(frozen=True, slots=True)

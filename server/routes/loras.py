@@ -58,7 +58,9 @@ def register_lora(
     """Answers 201. Only the admin key may. Whether the file fits the model is known when a worker first uses it."""
     _check(name, body)
     upload = UploadedLora(name, hashlib.sha256(body).hexdigest(), licence, len(body))
-    storage.put(loras.key_of(upload.sha256), body, "application/octet-stream")
+    with database.read() as transaction:
+        loras.check_free(transaction, upload)  # or a refused file would lie in storage for ever
+    storage.put(loras.key_of(name, upload.sha256), body, "application/octet-stream")
     with database.write() as transaction:
         return Response(_resource(loras.register(transaction, upload)))
 
@@ -92,8 +94,7 @@ def remove_lora(name: FromPath[str], database: NamedDatabase, storage: NamedStor
     """Answers 204. Only the admin key may. Jobs that still name it fail when their turn comes."""
     with database.write() as transaction:
         key = loras.remove(transaction, name)
-    if key is not None:
-        storage.delete([key])
+    storage.delete([key])
 
 
 def _check(name: str, content: bytes) -> None:

@@ -6,6 +6,7 @@ from litestar import get, post
 from litestar.enums import RequestEncodingType
 from litestar.params import BodyKwarg, FromPath, FromQuery, QueryParameter
 
+from server import media_types
 from server.dependencies import NamedPromptLimit, NamedSettings, Owner
 from server.problems import refusal
 from server.schemas import FormattedPromptAnswer, TemplateEntry, TemplateList, TemplateText, prompt_schema
@@ -59,10 +60,16 @@ def get_template(owner: Owner, prompt_limit: NamedPromptLimit, name: FromPath[st
 
 @post(
     "/api/format-prompt",
+    guards=[media_types.only("application/json")],
     status_code=200,
     tags=["prompts"],
     summary="What the text encoder will read, and how many tokens it is",
-    responses={**_unauthorized, 400: refusal("A field is outside its bounds; `errors` names each")},
+    responses={
+        **_unauthorized,
+        400: refusal("A field is outside its bounds; `errors` names each"),
+        413: refusal("The body is larger than 1 MiB"),
+        415: refusal("The body is not `application/json`"),
+    },
     sync_to_thread=True,  # a long prompt takes milliseconds to count
 )
 def format_prompt(

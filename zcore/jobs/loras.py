@@ -1,7 +1,7 @@
 """The library of LoRAs: which the operator registered, and whether a request names one that is there.
 
-Takes a `Transaction`; a file lies in storage under its own SHA-256, put there before the row and deleted after it, so
-that a name always leads to a file. Does not touch storage, and does not read a file.
+Takes a `Transaction`; a file lies in storage under its name and SHA-256, put there before the row and deleted after it,
+so that a name always leads to a file. Does not touch storage, and does not read a file.
 """
 
 import difflib
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from zcore.errors import Conflict, FieldError, InvalidRequest, NotFound
 from zcore.jobs.database import Transaction
@@ -26,39 +27,50 @@ class UploadedLora:
     bytes: int
 
 
-def key_of(sha256: str) -> str:
-    """Where a file lies in storage, whatever it is called."""
-    return f"loras/{sha256}.safetensors"
+def key_of(name: str, sha256: str) -> str:
+    """Where a file lies in storage: each name has its own, which goes with it."""
+    return f"loras/{name}/{sha256}.safetensors"
+
+
+def check_free(transaction: Transaction, upload: UploadedLora) -> None:
+    """Raises `Conflict` where another file has the name."""
+    found = find(transaction, upload.name)
+    if found is not None:
+        _check_same(found, upload)
 
 
 def register(transaction: Transaction, upload: UploadedLora) -> Lora:
     """The row of a file that lies in storage. The same file again is no error; another of its name is a `Conflict`."""
-    found = transaction.session.get(Lora, upload.name, with_for_update=True)
+    found = _locked(transaction, upload.name)
     if found is None:
-        found = Lora(
-            name=upload.name,
-            sha256=upload.sha256,
-            licence=upload.licence,
-            storage_key=key_of(upload.sha256),
-            bytes=upload.bytes,
-            created_at=transaction.now,
-        )
-        transaction.session.add(found)
-        transaction.session.flush()
-    elif (found.sha256, found.licence) != (upload.sha256, upload.licence):
-        raise Conflict(f"there is another LoRA `{upload.name}`; delete it first, or choose another name")
+        try:
+            with transaction.session.begin_nested():
+                found = Lora(
+                    name=upload.name,
+                    sha256=upload.sha256,
+                    licence=upload.licence,
+                    storage_key=key_of(upload.name, upload.sha256),
+                    bytes=upload.bytes,
+                    created_at=transaction.now,
+                )
+                transaction.session.add(found)
+        except IntegrityError:
+            # The name was taken twice at once: the other one won between our look and our insert.
+            found = _locked(transaction, upload.name)
+            if found is None:
+                raise
+    _check_same(found, upload)
     return found
 
 
-def remove(transaction: Transaction, name: str) -> str | None:
-    """Forgets a LoRA. Gives the key of its file where no other name leads there. Raises `NotFound`."""
+def remove(transaction: Transaction, name: str) -> str:
+    """Forgets a LoRA. Gives the key of its file, which nothing else names. Raises `NotFound`."""
     found = find(transaction, name)
     if found is None:
         raise NotFound(f"there is no LoRA `{name}`{_near(transaction, name)}")
     transaction.session.delete(found)
     transaction.session.flush()
-    is_shared = transaction.session.scalar(select(Lora.name).where(Lora.storage_key == found.storage_key).limit(1))
-    return None if is_shared else found.storage_key
+    return found.storage_key
 
 
 def find(transaction: Transaction, name: str) -> Lora | None:
@@ -80,6 +92,15 @@ def check(transaction: Transaction, request: GenerationRequest) -> None:
     ]
     if faults:
         raise InvalidRequest(faults)
+
+
+def _check_same(found: Lora, upload: UploadedLora) -> None:
+    if (found.sha256, found.licence) != (upload.sha256, upload.licence):
+        raise Conflict(f"there is another LoRA `{upload.name}`; delete it first, or choose another name")
+
+
+def _locked(transaction: Transaction, name: str) -> Lora | None:
+    return transaction.session.get(Lora, name, with_for_update=True, populate_existing=True)
 
 
 def _near(transaction: Transaction, name: str) -> str:

@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ def named(api: Api) -> list[str]:
     return [lora["name"] for lora in api.get("/api/loras").json()["loras"]]
 
 
-def stored(api: Api, content: bytes) -> Path:
-    return api.installation.folder / "storage" / key_of(hashlib.sha256(content).hexdigest())
+def stored(api: Api, name: str, content: bytes) -> Path:
+    return api.installation.folder / "storage" / key_of(name, hashlib.sha256(content).hexdigest())
 
 
 def test_a_registered_one_is_listed_with_hash_and_licence_and_can_be_submitted(open_api: Api) -> None:
@@ -61,7 +63,7 @@ def test_a_registered_one_is_listed_with_hash_and_licence_and_can_be_submitted(o
         "bytes": len(NIGHT),
         "created_at": "",
     }
-    assert stored(open_api, NIGHT).read_bytes() == NIGHT
+    assert stored(open_api, "night", NIGHT).read_bytes() == NIGHT
     submitted = open_api.submit(loras=[{"name": "night", "scale": 0.5}])
     assert submitted.status_code == 202
     assert submitted.json()["request"]["loras"] == [{"name": "night", "scale": 0.5}]
@@ -79,6 +81,22 @@ def test_the_same_file_again_is_no_error_and_another_of_its_name_is(open_api: Ap
     first = register(open_api, "night")
     assert register(open_api, "night").json() == first.json()
     problem(register(open_api, "night", OUTLINE), 409, "conflict")
+    assert stored(open_api, "night", NIGHT).is_file()
+
+
+def test_nothing_is_stored_of_a_file_whose_name_is_taken(open_api: Api) -> None:
+    register(open_api, "night")
+    before = sorted((open_api.installation.folder / "storage" / "loras").rglob("*"))
+    problem(register(open_api, "night", OUTLINE), 409, "conflict")
+    assert sorted((open_api.installation.folder / "storage" / "loras").rglob("*")) == before
+
+
+def test_one_name_taken_many_times_at_once_has_one_winner_whose_file_is_there(open_api: Api) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(partial(register, open_api, "noon"), [NIGHT, OUTLINE] * 8))
+    assert {answer.status_code for answer in answers} == {201, 409}
+    (kept,) = {answer.json()["sha256"] for answer in answers if answer.status_code == 201}
+    assert (open_api.installation.folder / "storage" / key_of("noon", kept)).is_file()
 
 
 @pytest.mark.parametrize(
@@ -102,13 +120,14 @@ def test_what_is_no_name_or_no_safetensors_file_is_refused(
     assert named(open_api) == []
 
 
-def test_a_file_goes_with_the_last_of_its_names(open_api: Api) -> None:
+def test_a_file_goes_with_its_name_and_under_another_name_it_stays(open_api: Api) -> None:
     register(open_api, "night")
     register(open_api, "dusk")
     assert remove(open_api, "night").status_code == 204
-    assert stored(open_api, NIGHT).is_file()
+    assert not stored(open_api, "night", NIGHT).exists()
+    assert stored(open_api, "dusk", NIGHT).is_file()
     assert remove(open_api, "dusk").status_code == 204
-    assert not stored(open_api, NIGHT).exists()
+    assert not stored(open_api, "dusk", NIGHT).exists()
     problem(remove(open_api, "dusk"), 404, "not_found")
 
 

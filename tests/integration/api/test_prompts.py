@@ -137,3 +137,9 @@ def test_looking_at_a_prompt_loads_no_torch() -> None:
     tokens, torch_loaded = finished.stdout.split()
     assert json.loads(tokens) > 8
     assert torch_loaded == "False"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_a_prompt_that_a_form_of_another_site_could_post_is_not_read(open_api: Api, kind: str) -> None:
+    answer = open_api.post("/api/format-prompt", content='{"prompt": "a fox"}', headers={"content-type": kind})
+    problem(answer, 415, "unsupported_media_type")

@@ -212,13 +212,17 @@ def test_a_name_with_several_addresses_is_reached_at_the_one_that_answers(
 
 def test_the_largest_body_stays_below_20_kb(database: Database, receiver: Receiver, start: Start) -> None:
     prompt = "\x01😀" * 8_192
-    job = ended_job(database, receiver.url, pictures=8, prompt=prompt, metadata={"note": "x" * 1000})
+    texts = dict.fromkeys(("system_prompt", "thinking_content", "assistant_content", "negative_prompt"), prompt)
+    addresses = dict.fromkeys(("image", "mask"), f"https://example.com/{'x' * 2000}")
+    rest = {"guidance_scale": 2, "metadata": {"note": "x" * 1000}, **texts, **addresses}
+    job = ended_job(database, receiver.url, pictures=8, prompt=prompt, **rest)
     start()
     attempts_of(database, job, 1)
     (told,) = receiver.told
     assert len(told.body) < 20_000
     assert len(told.document["data"]["outputs"]) == 8
     assert told.document["data"]["request"]["prompt"] == prompt[:1000] + "…"
+    assert told.document["data"]["request"]["system_prompt"] == prompt[:100] + "…"
 
 
 def test_a_short_prompt_is_told_whole(database: Database, receiver: Receiver, start: Start) -> None:

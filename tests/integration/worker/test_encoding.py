@@ -127,6 +127,12 @@ def test_a_job_submitted_whole_is_sent_to_be_encoded_by_who_only_paints(studio: 
     ]  # fmt: skip
 
 
+def test_who_only_paints_fetches_nothing_for_a_prompt_that_is_not_encoded_yet(studio: Studio) -> None:
+    job_id = studio.submit(image="http://127.0.0.1:1/nobody-listens.png")
+    studio.work(**PAINTS_ONLY)
+    assert studio.events(job_id) == ["queued", "claimed", "sent_to_encode"]
+
+
 def test_what_no_repeat_can_mend_fails_where_it_is_encoded(studio: Studio, upkeep: Upkeep) -> None:
     def refuse(_request: GenerationRequest) -> None:
         raise InvalidRequest.field("template", "there is none of this name")

@@ -114,12 +114,24 @@ def test_a_job_gets_its_loras_and_one_that_names_another_fails_for_good(studio: 
 
 
 def test_the_library_reaches_the_worker(studio: Studio) -> None:
-    studio.storage.put(loras.key_of("0a"), b"z" * 10, "application/octet-stream")
+    studio.storage.put(loras.key_of("dawn", "0a"), b"z" * 10, "application/octet-stream")
     with studio.database.write() as transaction:
         loras.register(transaction, loras.UploadedLora("dawn", "0a", "MIT", 10))
     shelf = LoraShelf([FolderOfLoras(None), RegisteredLoras(studio.database, studio.storage)], Loader(), 100)
     assert shelf.get("dawn").content == b"z" * 10  # pyright: ignore[reportAttributeAccessIssue]
     with studio.database.write() as transaction:
-        assert loras.remove(transaction, "dawn") == loras.key_of("0a")
+        assert loras.remove(transaction, "dawn") == loras.key_of("dawn", "0a")
     with pytest.raises(InvalidRequest):
         shelf.get("dawn")
+
+
+def test_one_that_cannot_be_read_fails_its_job_and_not_the_worker(studio: Studio, folder: Path) -> None:
+    (folder / "dusk.safetensors").mkdir()
+    (folder / "gone.safetensors").symlink_to(folder / "nowhere")
+    unreadable, gone = studio.submit(loras=[{"name": "dusk"}]), studio.submit(loras=[{"name": "gone"}])
+    studio.work(loras=LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=100))
+    assert not studio.broken.is_set()
+    for job_id, complaint in ((unreadable, "`dusk.safetensors` cannot be read"), (gone, "there is no LoRA `gone`")):
+        job = studio.look(job_id)
+        assert (job.status, job.attempt, job.error_code) == ("failed", 1, "invalid_request")
+        assert complaint in str(job.error_message)
