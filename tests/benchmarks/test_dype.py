@@ -1,9 +1,9 @@
 """What DyPE does to the demo model's pictures above the size it was trained at.
 
 Method: held-out captions of one object, a group and a pair, painted at twice and four times the base resolution with
-the same seeds in each way, and judged by the checker, which looks at every picture at 128 px. A grid of the first eight at each size, a way a
-row, is written to the folder that ZIMAGE_TEST_GRIDS names, if any. The base resolution is that of the demo profile, so
-that a checkpoint trained at another size is measured as it is shipped.
+the same seeds in each way, and judged by the checker, which looks at every picture at 128 px. A grid of the first eight
+at each size, a way a row, is written to the folder that ZIMAGE_TEST_GRIDS names, if any. The base resolution is that of
+the demo profile, so that a checkpoint trained at another size is measured as it is shipped.
 """
 
 import os
