@@ -18,6 +18,7 @@ from litestar.params import BodyKwarg, FromPath, FromQuery, HeaderParameter, Que
 from litestar.response import Redirect
 
 from server import media_types
+from server.auth import callers_only
 from server.dependencies import (
     NamedDatabase,
     NamedDoorbell,
@@ -58,7 +59,7 @@ _no_such_job = {
 
 @post(
     "/api/generate",
-    guards=[media_types.only("application/json")],
+    guards=[callers_only, media_types.only("application/json")],
     status_code=202,
     tags=["jobs"],
     summary="Submit a picture to be painted",
