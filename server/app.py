@@ -3,6 +3,7 @@
 Makes each part once and gives it to handlers by name. Loads no torch. Does not read the environment: `asgi` does.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -51,7 +52,7 @@ def create_app(settings: Settings) -> Litestar:
     """The application of these settings.
 
     Raises `ZImageError` where they cannot work; connects to nothing yet but storage. `state.watch` is the `Watch` that
-    holds waiting requests, `state.admin_key` what `auth.admin_only` asks for.
+    holds waiting requests, `state.callers` and `state.admin_key` what the guards of `auth` ask for.
     """
     keys = load_keys(settings)
     database = Database(settings.database_url, settings.database.pool_size)
@@ -81,6 +82,7 @@ def create_app(settings: Settings) -> Litestar:
         "doorbell": doorbell,
         "prompt_limit": PromptLimit.load(settings.templates_paths, settings.model_location),
         "watch": watch,
+        "opening": asyncio.Semaphore(inputs.OPENED_AT_ONCE),
     }
     return Litestar(
         [
@@ -101,7 +103,7 @@ def create_app(settings: Settings) -> Litestar:
         exception_handlers=answer_people(EXCEPTION_HANDLERS),
         template_config=template_config(),
         lifespan=[lifespan],
-        state=State({"watch": watch, "admin_key": keys.admin}),
+        state=State({"watch": watch, "callers": callers, "admin_key": keys.admin}),
         request_max_body_size=BODY_LIMIT_BYTES,
         openapi_config=_openapi(settings),
         logging_config=None,  # `zcore.telemetry` has configured it

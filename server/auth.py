@@ -41,6 +41,15 @@ class Callers:
         return fitting[0]
 
 
+def callers_only(connection: Connection, _: BaseRouteHandler) -> None:
+    """A guard that refuses strangers before anything of their body is read. Raises `Unauthorized`.
+
+    The application has its `Callers` as `state.callers`.
+    """
+    callers: Callers = connection.app.state.callers
+    callers.owner(connection)
+
+
 def admin_only(connection: Connection, _: BaseRouteHandler) -> None:
     """A guard that lets in who gives the admin key, as `Authorization: Bearer KEY`. Raises `Unauthorized`.
 

@@ -1,5 +1,7 @@
 """What handlers are given by name: the parts of the process, made once in `app`, and the caller's name."""
 
+import asyncio
+
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
@@ -12,6 +14,7 @@ from zcore.storage import Storage
 
 NamedDatabase = NamedDependency[SkipValidation[Database]]
 NamedDoorbell = NamedDependency[SkipValidation[Doorbell]]
+NamedOpening = NamedDependency[SkipValidation[asyncio.Semaphore]]
 NamedPromptLimit = NamedDependency[SkipValidation[PromptLimit]]
 NamedSettings = NamedDependency[SkipValidation[Settings]]
 NamedStorage = NamedDependency[SkipValidation[Storage]]

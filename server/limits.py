@@ -1,4 +1,5 @@
-"""What a submission has to satisfy beyond its own bounds: its template exists, and its prompt can be made to fit.
+"""What a submission has to satisfy beyond its own bounds: its template exists, its prompt can be made to fit, and
+what it starts from may be fetched.
 
 Takes the templates and, where the checkpoint lies on this host, its tokenizer; without one the prompt is bounded in
 characters by `zcore.request`, and the worker counts. Needs no torch. Does not know the database.
@@ -8,11 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zcore.errors import PromptTooLong
+from zcore.errors import FieldError, InvalidRequest, PromptTooLong
 from zcore.imaging.text.formatter import FormattedPrompt, format_negative, format_request
 from zcore.imaging.text.templates import TemplateLibrary
 from zcore.imaging.text.token_count import TokenCounter
+from zcore.jobs.inputs import INPUT_FIELDS
 from zcore.request import GenerationRequest
+from zcore.settings import WebhooksSettings
+
+
+def check_web_inputs(request: GenerationRequest, settings: WebhooksSettings) -> None:
+    """Raises `InvalidRequest` for an input over plain http, which workers fetch only where private addresses are
+    allowed.
+    """
+    if settings.allow_private_addresses:
+        return
+    plain = [name for name in INPUT_FIELDS if (getattr(request, name) or "").lower().startswith("http:")]
+    if plain:
+        raise InvalidRequest([FieldError(f"/{name}", "only https is fetched here") for name in plain])
 
 
 @dataclass(frozen=True, slots=True)

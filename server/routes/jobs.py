@@ -18,6 +18,7 @@ from litestar.params import BodyKwarg, FromPath, FromQuery, HeaderParameter, Que
 from litestar.response import Redirect
 
 from server import media_types
+from server.auth import callers_only
 from server.dependencies import (
     NamedDatabase,
     NamedDoorbell,
@@ -27,6 +28,7 @@ from server.dependencies import (
     NamedWatch,
     Owner,
 )
+from server.limits import check_web_inputs
 from server.problems import refusal
 from server.schemas import SUBMISSION_EXAMPLES, JobPage, submission_schema
 from zcore.errors import Gone, InvalidRequest
@@ -58,7 +60,7 @@ _no_such_job = {
 
 @post(
     "/api/generate",
-    guards=[media_types.only("application/json")],
+    guards=[callers_only, media_types.only("application/json")],
     status_code=202,
     tags=["jobs"],
     summary="Submit a picture to be painted",
@@ -108,6 +110,7 @@ async def generate(
     of the wait nor a lost connection cancels the job.
     """
     submission = parse_submission(data, settings.generation_defaults, settings.limits)
+    check_web_inputs(submission.request, settings.webhooks)
     prompt_limit.check(submission.request)
     accepted = await asyncio.to_thread(
         _accept, database, settings, storage, submission, owner, _fingerprint(data), _bare(idempotency_key)

@@ -7,6 +7,7 @@ from litestar.enums import RequestEncodingType
 from litestar.params import BodyKwarg, FromPath, FromQuery, QueryParameter
 
 from server import media_types
+from server.auth import callers_only
 from server.dependencies import NamedPromptLimit, NamedSettings, Owner
 from server.problems import refusal
 from server.schemas import FormattedPromptAnswer, TemplateEntry, TemplateList, TemplateText, prompt_schema
@@ -60,7 +61,7 @@ def get_template(owner: Owner, prompt_limit: NamedPromptLimit, name: FromPath[st
 
 @post(
     "/api/format-prompt",
-    guards=[media_types.only("application/json")],
+    guards=[callers_only, media_types.only("application/json")],
     status_code=200,
     tags=["prompts"],
     summary="What the text encoder will read, and how many tokens it is",

@@ -3,6 +3,8 @@
 import hashlib
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
@@ -187,3 +189,44 @@ def test_a_picture_of_anothers_job_is_refused_as_if_there_were_none(keyed_api: A
 
 def test_an_address_on_the_web_is_left_to_the_worker(open_api: Api) -> None:
     assert open_api.submit(image="https://pictures.example/cat.png").status_code == 202
+
+
+def test_plain_http_is_refused_at_once_where_no_worker_would_fetch_it(tmp_path: Path, sqlite_url: str) -> None:
+    given = {"database.url": sqlite_url, "webhooks.allow_private_addresses": False}
+    with Installation(tmp_path, given).serving() as server:
+
+        def submit(image: str) -> httpx.Response:
+            return httpx.post(f"{server.url}/api/generate", json={"prompt": "a fox", "image": image, "mask": image})
+
+        assert pointers(problem(submit("HTTP://example.com/a.png"), 400, "invalid_request")) == {"/image", "/mask"}
+        assert submit("https://example.com/a.png").status_code == 202
+
+
+def test_of_a_stranger_no_body_is_read(keyed_api: Api) -> None:
+    too_large = iter([bytes(1024 * 1024)] * 40)
+    with suppress(httpx.WriteError):
+        problem(
+            keyed_api.post("/api/inputs", content=too_large, headers={"content-type": "image/png"}), 401, "unauthorized"
+        )
+
+
+def test_many_large_pictures_at_once_do_not_fill_the_memory(tmp_path: Path, sqlite_url: str) -> None:
+    contents = [picture(colour, "png", (5000, 5000)) for colour in ("red", "green", "blue", "teal", "gold", "navy")]
+    with Installation(tmp_path, {"database.url": sqlite_url}).serving() as server:
+        before = most_memory_bytes(server.running.process.pid)
+
+        def send(content: bytes) -> int:
+            headers = {"content-type": "image/png"}
+            return httpx.post(f"{server.url}/api/inputs", content=content, headers=headers, timeout=60).status_code
+
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(send, contents)) == [201] * 6
+        held = most_memory_bytes(server.running.process.pid) - before
+    an_open_one = 2 * 4 * 5000 * 5000  # as it was read and upright, each pixel in four bytes
+    assert held < 3 * an_open_one
+
+
+def most_memory_bytes(pid: int) -> int:
+    """The peak of a process's resident memory."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
