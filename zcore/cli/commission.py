@@ -7,6 +7,7 @@ Needs no torch.
 
 import argparse
 import hashlib
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import msgspec
 from PIL import Image
 
 from zcore.cli.files import read_given
-from zcore.cli.request_flags import TEXT_FIELDS, flag_of, said_fields
+from zcore.cli.request_flags import TEXT_FIELDS, fields_said_as_settings, flag_of, said_fields
 from zcore.errors import InvalidRequest
 from zcore.imaging.encode import PictureParameters, read_parameters
 from zcore.imaging.input_picture import open_picture
@@ -70,10 +71,10 @@ class Commission:
 
 def commissioned(said: argparse.Namespace, settings: Settings) -> Commission:
     """What is to be painted. Raises `InvalidRequest`."""
-    fields = said_fields(said)
+    fields, by_settings = said_fields(said), fields_said_as_settings(said)
     original = _original(said.original) if said.original else None
     given = _given(said, fields, original)
-    decided = {**_kept(original, fields), **_format(said.output, fields), **fields}
+    decided = {**_kept(original, fields.keys() | by_settings), **_format(said.output, fields), **fields}
     decided |= {NAMED_BY.get(name, name): file.address for name, file in given.items()}
     if original is None and not fields.keys() & {"width", "height", *SIZE_FIELDS}:
         decided |= _own_size(given)
@@ -84,7 +85,7 @@ def commissioned(said: argparse.Namespace, settings: Settings) -> Commission:
     # The request that it was one picture of, so that it is numbered as it was.
     first_seed = (request.seed - original.index) % SEED_BOUND
     whole = msgspec.structs.replace(request, seed=first_seed)
-    is_repeated = fields.keys() <= {"format", "quality"}
+    is_repeated = fields.keys() | by_settings <= {"format", "quality"}
     return Commission(whole, (original.index,), given, original if is_repeated else None)
 
 
@@ -106,11 +107,11 @@ def _original(path: Path) -> PictureParameters:
     return parameters
 
 
-def _kept(original: PictureParameters | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """What the picture to be repeated says, but for a size that is now said by name."""
+def _kept(original: PictureParameters | None, decided: Set[str]) -> dict[str, Any]:
+    """What the picture to be repeated says, but for what flags have decided, a size by name too."""
     if original is None:
         return {}
-    replaced = {"version", *(("width", "height") if fields.keys() & set(SIZE_FIELDS) else ())}
+    replaced = {"version", *decided, *(("width", "height") if decided & set(SIZE_FIELDS) else ())}
     return {name: value for name, value in msgspec.to_builtins(original.request).items() if name not in replaced}
 
 

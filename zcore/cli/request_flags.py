@@ -47,8 +47,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 SPELLED = {"prompt": "PROMPT", "image": "--img2img"}
 """Where a flag is not the field's own name."""
 
-SAID_AS_SETTINGS = ("tiled_vae", "slg", "dype")
-"""Fields that have flags as settings: what those say is the request's default."""
+SAID_AS_SETTINGS = {"tiled_vae": "pytorch.tiled_vae", "slg": "slg.", "dype": "dype."}
+"""Fields that have flags as settings, whose names begin so: what those say is the request's default."""
 
 UNSAID = ("version", "loras")
 """Fields without a flag: `loras` are names of a service's library; the command line has `--lora FILE:SCALE`."""
@@ -114,6 +114,11 @@ def said_fields(said: argparse.Namespace) -> dict[str, Any]:
     """The fields that the command line names, as untyped as a JSON body."""
     known = request_fields()
     return {name: value for name, value in vars(said).items() if name in known}
+
+
+def fields_said_as_settings(said: argparse.Namespace) -> set[str]:
+    """The fields that the command line decides by a flag for a setting."""
+    return {field for field, begin in SAID_AS_SETTINGS.items() if any(name.startswith(begin) for name in vars(said))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,22 @@ def test_an_input_of_the_service_has_to_be_passed(address: str, zimage: Terminal
     assert finished.err.startswith(f"zimage: --from: the picture began from {address}, which is not at hand")
 
 
+def test_flags_that_are_settings_stand_over_what_the_picture_says_too(zimage: Terminal) -> None:
+    def made(file: str) -> GenerationRequest:
+        parameters = read_parameters(Path(file).read_bytes())
+        assert parameters is not None
+        return parameters.request
+
+    zimage.paint("a red circle", *SMALL)
+    skipping = ("--slg", "--slg-layers", "1,2")
+    zimage.paint("--from", "output.png", *skipping, "--dype", "--tiled-vae", "--output", "more.png")
+    more = made("more.png")
+    assert (more.slg and more.slg.layers, more.dype is not None, more.tiled_vae) == ((1, 2), True, True)
+    zimage.paint("--from", "more.png", "--no-slg", "--steps", "1", "--output", "less.png")
+    less = made("less.png")
+    assert (less.slg, less.dype, less.tiled_vae) == (None, more.dype, True)
+
+
 def test_other_flags_stand_over_what_the_picture_says(zimage: Terminal) -> None:
     zimage.paint("a red circle", "--width", "64", "--height", "80", "--steps", "2", "--seed", "7")
     zimage.paint("a blue star", "--from", "output.png", "--size", "96x64", "--n", "2", "--output", "blue.png")
