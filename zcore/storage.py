@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from urllib.parse import quote, urlencode
 
 import boto3
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 FILES_ROUTE = "/files"
+FOLDER_MADE_AT_MOST = 20
 DELETED_AT_ONCE = 1000  # the most that one S3 DeleteObjects call takes
 
 
@@ -91,8 +92,7 @@ class DirectoryStorage:
         path = self._path(key)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
+            with _opened(draft) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -237,6 +237,15 @@ def _status(fault: ClientError) -> int:
 
 def _code(fault: ClientError) -> str:
     return fault.response.get("Error", {}).get("Code", "")
+
+
+def _opened(draft: Path) -> BinaryIO:
+    """A new file in its folder, made again where that goes with its last other file at this very moment."""
+    for _ in range(FOLDER_MADE_AT_MOST):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            return draft.open("wb")
+    return draft.open("wb")
 
 
 def _checked(key: str) -> str:

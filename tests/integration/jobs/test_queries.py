@@ -25,7 +25,7 @@ from tests.integration.jobs.examples import (
 )
 from tests.waiting import wait_until
 from zcore.errors import InvalidRequest, NotFound
-from zcore.jobs import lifecycle, queries
+from zcore.jobs import inputs, lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job, WebhookAttempt
 from zcore.jobs.queries import JobFilter, Page
@@ -298,6 +298,15 @@ def test_what_is_asked_all_day_is_answered_by_an_index_without_sorting(database:
         assert re.search(index, found)
         assert "sort" not in found.lower()
         assert "temp b-tree" not in found.lower()
+
+
+def test_a_year_of_ended_jobs_is_not_read_through_to_see_which_uploads_are_in_use(
+    database: Database, clock: Clock
+) -> None:
+    fill(database, clock, 3000)
+    found = plan(database, lambda transaction: inputs.past_retention(transaction, 10))
+    assert re.search("ix_jobs_(status_id|queue|lease)", found)
+    assert not re.search("Seq Scan on jobs|SCAN jobs$", found, re.MULTILINE)
 
 
 def test_a_long_queue_at_one_stage_is_not_read_through_by_workers_of_the_other(database: Database) -> None:

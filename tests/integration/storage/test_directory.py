@@ -3,6 +3,7 @@
 import resource
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -141,3 +142,15 @@ def files_of_at_most(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_folder_that_goes_with_its_last_object_takes_the_next_one_all_the_same(tmp_path: Path) -> None:
+    store = DirectoryStorage(tmp_path, "http://pictures.example", "a key", 60)
+
+    def put_and_delete(name: str) -> None:
+        for _ in range(1000):
+            store.put(f"inputs/anna/{name}", PICTURE, "image/png")
+            store.delete([f"inputs/anna/{name}"])
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(put_and_delete, ["1", "2", "3"]))
