@@ -1,8 +1,8 @@
-"""What a submission has to satisfy beyond its own bounds: its template exists, its prompt can be made to fit, and
-what it starts from may be fetched.
+"""What a submission has to satisfy beyond its own bounds: its template exists, its prompt can be made to fit, its
+layers are there, and what it starts from may be fetched.
 
-Takes the templates and, where the checkpoint lies on this host, its tokenizer; without one the prompt is bounded in
-characters by `zcore.request`, and the worker counts. Needs no torch. Does not know the database.
+Takes the templates and, where the checkpoint lies on this host, its tokenizer and configurations; without them the
+prompt is bounded in characters by `zcore.request`, and the worker counts. Needs no torch. Does not know the database.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zcore.errors import FieldError, InvalidRequest, PromptTooLong
+from zcore.imaging.model.checkpoint import Depths
 from zcore.imaging.text.formatter import FormattedPrompt, format_negative, format_request
 from zcore.imaging.text.templates import TemplateLibrary
 from zcore.imaging.text.token_count import TokenCounter
@@ -45,19 +46,25 @@ class LaidOut:
 class PromptLimit:
     """Lays prompts out and checks them as the worker will read them."""
 
-    def __init__(self, templates: TemplateLibrary, counter: TokenCounter | None) -> None:
+    def __init__(self, templates: TemplateLibrary, counter: TokenCounter | None, depths: Depths | None) -> None:
         self.templates = templates
         self._counter = counter
+        self._depths = depths
 
     @classmethod
     def load(cls, templates_paths: Sequence[Path], model_location: str) -> "PromptLimit":
-        """Templates are needed; a tokenizer is used where the model is a folder on this host."""
-        folder = Path(model_location)
-        counter = TokenCounter.load(folder) if folder.is_dir() else None
-        return cls(TemplateLibrary.load(*templates_paths), counter)
+        """Templates are needed; the rest is used where the model is a folder on this host."""
+        folder, templates = Path(model_location), TemplateLibrary.load(*templates_paths)
+        if not folder.is_dir():
+            return cls(templates, None, None)
+        return cls(templates, TokenCounter.load(folder), Depths.of_checkpoint(folder))
 
     def check(self, request: GenerationRequest) -> None:
-        """Raises `InvalidRequest` on `template`, and `PromptTooLong` where `long_prompt_mode` cannot make it fit."""
+        """Raises `InvalidRequest` on `template` and layers, `PromptTooLong` where `long_prompt_mode` cannot make it
+        fit.
+        """
+        if self._depths is not None:
+            self._depths.check(request)
         formatted = format_request(request, self.templates)
         if self._counter is None:
             return

@@ -91,6 +91,20 @@ def test_a_prompt_that_would_be_refused_keeps_no_tokens(open_api: Api) -> None:
         assert shown["kept_tokens"] is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "pointer"),
+    [
+        ({"hidden_layer": -36}, "/hidden_layer"),
+        ({"layer_weights": {"-2": 1.0, "-6": 1.0}}, "/layer_weights"),
+        ({"slg": {"layers": [5]}}, "/slg/layers"),
+    ],
+)
+def test_a_layer_that_the_model_lacks_is_refused_before_it_is_stored(
+    open_api: Api, fields: dict[str, Any], pointer: str
+) -> None:
+    assert pointers(problem(open_api.submit(**fields), 400, "invalid_request")) == {pointer}
+
+
 def test_a_negative_prompt_is_counted_too(open_api: Api) -> None:
     body = {"prompt": "a fox", "negative_prompt": "fox " * 4000, "guidance_scale": 2.0, "long_prompt_mode": "refuse"}
     assert pointers(problem(open_api.post("/api/generate", json=body), 400, "prompt_too_long")) == {"/negative_prompt"}

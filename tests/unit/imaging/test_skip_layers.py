@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.unit.imaging.test_forward import LEVELS, by_diffusers, noise_of, prompt_of
 from zcore.errors import InvalidRequest
 from zcore.imaging.geometry import LatentSize
-from zcore.imaging.model.checkpoint import layer_count
+from zcore.imaging.model.checkpoint import Depths
 from zcore.imaging.model.transformer import Sample, VelocityModel
 from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.pipeline import Inputs, ZImagePipeline
@@ -145,7 +145,7 @@ def test_a_layer_that_the_checkpoint_lacks_is_refused_by_name(tiny_pipeline: ZIm
     )  # fmt: skip
     with pytest.raises(InvalidRequest) as refusal:
         tiny_pipeline.generate(request)
-    assert layer_count(tiny_folder) == 4
+    assert Depths.of_checkpoint(tiny_folder).transformer == 4
     assert {fault.pointer: fault.detail for fault in refusal.value.errors} == {
         "/slg/layers": "names layer 4; this checkpoint has 0 to 3",
         "/passes/1/slg/layers": "names layer 12; this checkpoint has 0 to 3",

@@ -8,6 +8,7 @@ weight.
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,9 +89,28 @@ def check_layout(folder: Path, components: Sequence[str]) -> None:
         raise CheckpointError(f"{config}: model_type has to be qwen3")
 
 
-def layer_count(folder: Path) -> int:
-    """How many main blocks the transformer has, by its configuration: 30."""
-    return int(read_json(folder / "transformer" / "config.json")["n_layers"])
+@dataclass(frozen=True, slots=True)
+class Depths:
+    """How many main blocks a checkpoint's networks have, by their configurations: 30 and 36."""
+
+    transformer: int
+    text_encoder: int
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> "Depths":
+        """Raises `CheckpointError`, naming the file."""
+        transformer = read_json(folder / "transformer" / "config.json")
+        text_encoder = read_json(folder / "text_encoder" / "config.json")
+        return cls(int(transformer["n_layers"]), int(text_encoder["num_hidden_layers"]))
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise `InvalidRequest` for layers, to be skipped or read, that the checkpoint does not have."""
+        check_layers(request, self.transformer)
+        field = "layer_weights" if request.layer_weights else "hidden_layer"
+        deepest = min(map(int, request.layer_weights), default=request.hidden_layer)
+        if deepest < -self.text_encoder:
+            detail = f"{deepest}; this text encoder has the layers -{self.text_encoder} to -1"
+            raise InvalidRequest.field(field, detail)
 
 
 def check_layers(request: GenerationRequest, count: int) -> None:
