@@ -74,10 +74,10 @@ DypeStart = Annotated[
 BaseResolution = Annotated[
     int, Meta(ge=64, le=8192, multiple_of=16, description="Pixels a side that the checkpoint was trained at.")
 ]
-LayerName = Annotated[str, Meta(pattern=r"^-([1-9]|[12][0-9]|3[0-6])$")]
+LayerName = Annotated[str, Meta(pattern=r"^-([1-9]|[12][0-9]|3[0-6])$(?!\n)")]  # `$` alone ends before a last line end
 LayerWeight = Annotated[float, Meta(gt=0.0, le=1000.0)]
 SystemText = Annotated[str, Meta(max_length=PROMPT_LIMIT_CHARACTERS)]
-LoraName = Annotated[  # `$` alone would let a last line end through
+LoraName = Annotated[  # the same
     str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$(?!\n)", description="A LoRA of this service, by name.")
 ]
 LoraScale = Annotated[
@@ -457,6 +457,8 @@ def _said_size(
     name = "size" if "size" in said else "aspect_ratio"
     wanted = said.get(name, "1:1")
     if wanted == "auto":
+        if "resolution" in said:
+            errors.append(FieldError("/resolution", f"does nothing where {name} is auto; say a ratio with it"))
         return {}
     if not isinstance(wanted, str) or (name == "aspect_ratio" and ":" not in wanted):
         errors.append(FieldError(_pointer(name), f"must be a text as {' or '.join(RATIOS[:2])}"))

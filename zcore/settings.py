@@ -36,6 +36,7 @@ from zcore.request import (
     HiddenLayer,
     LayerIndices,
     LongPromptMode,
+    LoraScale,
     PartOfSteps,
     RequestLimits,
     Shift,
@@ -159,7 +160,7 @@ class LoraSettings(_Section, frozen=True):
     """LoRA files fused for every picture, and the library that requests choose from."""
 
     paths: tuple[str, ...] = ()
-    scales: tuple[float, ...] = ()
+    scales: tuple[LoraScale, ...] = ()
     folder: str = ""
     cache_bytes: Annotated[int, Meta(ge=0)] = 1024**3
     max_bytes: Annotated[int, Meta(ge=1)] = 1024**3

@@ -102,7 +102,7 @@ OUTSIDE = {
     "strip_quotes": [None, 1],
     "clean_whitespace": [None, "no"],
     "hidden_layer": [0, 2, -37, None, -1.5],
-    "layer_weights": [None, [], {"-2": 0}, {"-2": -1}, {"-37": 1}, {"0": 1}, {"two": 1}, {"-2": "1"}],
+    "layer_weights": [None, [], {"-2": 0}, {"-2": -1}, {"-37": 1}, {"0": 1}, {"two": 1}, {"-2": "1"}, {"-2\n": 1}],
     "long_prompt_mode": ["", "cut", None],
     "guidance_scale": [-0.1, 30.1, None, "4"],
     "cfg_normalization": [-1, 11, True],
@@ -301,6 +301,7 @@ def test_a_size_may_be_said_by_name_ratio_or_resolution(said: dict[str, Any], si
         ({"aspect_ratio": "square"}, "/aspect_ratio"),
         ({"aspect_ratio": "0:1"}, "/aspect_ratio"),
         ({"aspect_ratio": "1:1", "resolution": 63}, "/resolution"),
+        ({"aspect_ratio": "auto", "resolution": 512}, "/resolution"),
         ({"aspect_ratio": "1:1", "width": 1024}, "/aspect_ratio"),
     ],
 )

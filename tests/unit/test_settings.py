@@ -118,6 +118,13 @@ def test_the_file_and_the_profile_are_chosen_by_option_before_environment(writte
     assert load_settings({"ZIMAGE_CONFIG": str(path)}, file=other).model_path == "other"
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf", "10.5"])
+def test_a_scale_of_a_fused_lora_is_a_scale_that_a_request_may_have(written: Any, scale: str) -> None:
+    path = written(f"[default.lora]\npaths = ['a']\nscales = [{scale}]\n")
+    with pytest.raises(ConfigurationError, match=r"lora\.scales"):
+        load_settings({}, file=path)
+
+
 def test_a_table_of_keys_grows_through_the_layers(written: Any) -> None:
     path = written("[default.server.api_keys]\nanna = 'k1'\n[big.server.api_keys]\nben = 'k2'\n")
     assert load_settings({}, {"profile": "big"}, path).server.api_keys == {"anna": "k1", "ben": "k2"}

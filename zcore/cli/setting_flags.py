@@ -84,14 +84,6 @@ LATER = (
 """Understood, and refused by `from_settings.refuse_what_is_not_built`. What is built moves up."""
 
 ALL = (*CHECKPOINT, *TEMPLATES, *ENCODER, *PAINTER, *LATER)
-METAVARS = {
-    "model_path": "PATH",
-    "templates_dir": "PATH",
-    "encoder.device": "DEVICE",
-    "pipeline.device": "DEVICE",
-    "pipeline.vae_device": "DEVICE",
-    "slg.layers": "N,N",
-}
 PATHS = ("model_path", "templates_dir")
 """Settings whose value is looked up from the working folder when a flag says it."""
 

@@ -314,12 +314,17 @@ class ZImagePipeline:
     def describe(self, request: GenerationRequest | None = None) -> dict[str, str]:
         """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host.
 
-        For a request also what has to be said with its pictures: `dype_notice`, where that had a part in them.
+        For a request also what has to be said with its pictures: `vae_tiles`, where it asks for them, and
+        `dype_notice`, where that had a part in them.
         """
-        passes = plan(request) if request else []
-        if any(one.dype and one.dype.dynamic and stretches(one.dype, one.width, one.height) for one in passes):
-            return {**self._description, "dype_notice": NOTICE}
-        return dict(self._description)
+        described = dict(self._description)
+        if request is None:
+            return described
+        if request.tiled_vae:
+            described["vae_tiles"] = str(self._setup.tiling)
+        if any(one.dype and one.dype.dynamic and stretches(one.dype, one.width, one.height) for one in plan(request)):
+            described["dype_notice"] = NOTICE
+        return described
 
     def cache_use(self) -> CacheUse:
         """How the embedding cache has served; nothing where there is no text encoder."""

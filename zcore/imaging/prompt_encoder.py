@@ -125,7 +125,9 @@ class PromptEncoder:
     def _embedding(self, request: GenerationRequest, prompt: FormattedPrompt, embeds: Tensor) -> PromptEmbedding:
         negative = None
         if request.is_guided:
-            negative = self._embed(format_negative(request), LayerBlend.of(request), request.long_prompt_mode)
+            negative = self._embed(
+                format_negative(request), LayerBlend.of(request), request.long_prompt_mode, "negative_prompt"
+            )
         return PromptEmbedding(
             embeds=embeds,
             negative=negative,
@@ -137,9 +139,9 @@ class PromptEncoder:
             prompt_sha256=hashlib.sha256(str(prompt).encode()).hexdigest(),
         )
 
-    def _embed(self, prompt: FormattedPrompt, blend: LayerBlend, mode: LongPromptMode) -> Tensor:
-        """(L, hidden), L at most what the transformer can place; computed or remembered."""
-        tokens = self._tokens.tokens(prompt, mode)
+    def _embed(self, prompt: FormattedPrompt, blend: LayerBlend, mode: LongPromptMode, field: str = "prompt") -> Tensor:
+        """(L, hidden), L at most what the transformer can place; computed or remembered. `field` is the request's."""
+        tokens = self._tokens.tokens(prompt, mode, field)
         key = self._key(tokens.ids, blend, mode)
         embeds = self._cache.get(key)
         if embeds is None:

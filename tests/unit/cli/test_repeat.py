@@ -86,6 +86,16 @@ def test_flags_that_are_settings_stand_over_what_the_picture_says_too(zimage: Te
     assert (less.slg, less.dype, less.tiled_vae) == (None, more.dype, True)
 
 
+def test_tiles_of_another_size_are_told(zimage: Terminal) -> None:
+    zimage.paint("a red circle", "--size", "160x160", "--steps", "1", "--tiled-vae", "--tile-size", "128")
+    finished = zimage("generate", "--profile", "demo", "--from", "output.png", "--output", "again.png")
+    assert finished.status == 0
+    assert finished.err == (
+        "zimage: note: the picture may come out differently: "
+        "vae_tiles was 128 px, overlapping by 64 px and is 512 px, overlapping by 64 px\n"
+    )
+
+
 def test_other_flags_stand_over_what_the_picture_says(zimage: Terminal) -> None:
     zimage.paint("a red circle", "--width", "64", "--height", "80", "--steps", "2", "--seed", "7")
     zimage.paint("a blue star", "--from", "output.png", "--size", "96x64", "--n", "2", "--output", "blue.png")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch.nn import functional
 
 from zcore.imaging.geometry import LatentSize
@@ -28,6 +29,12 @@ def test_the_documented_two_passes() -> None:
     first, second = plan(request(Pass(scale=0.5, steps=9), Pass(scale=1.0, steps=9, strength=0.5)))
     assert (first.width, first.height, list(first.levels)) == (512, 384, sigmas(9, 3.0))
     assert (second.width, second.height, list(second.levels)) == (1024, 768, sigmas(9, 3.0, 0.5))
+
+
+@pytest.mark.parametrize(("side", "scale", "scaled"), [(1440, 0.7, 1008), (1600, 0.57, 912), (800, 0.58, 464)])
+def test_a_pass_that_has_just_a_multiple_of_16_keeps_it(side: int, scale: float, scaled: int) -> None:
+    first, _ = plan(replace(request(Pass(scale=scale), Pass(scale=1.0)), width=side))
+    assert first.width == scaled
 
 
 def test_a_pass_takes_what_it_does_not_say_from_the_request() -> None:

@@ -132,6 +132,13 @@ def test_a_longer_prompt_is_refused_where_the_request_says_so(tiny_pipeline: ZIm
         tiny_pipeline.generate(longer_than(1504, "refuse"))
 
 
+def test_a_longer_negative_prompt_is_refused_as_that(tiny_pipeline: ZImagePipeline) -> None:
+    guided = replace(REQUEST, negative_prompt="a" * 2000, guidance_scale=1.0, long_prompt_mode="refuse")
+    with pytest.raises(PromptTooLong) as refusal:
+        tiny_pipeline.generate(guided)
+    assert [error.pointer for error in refusal.value.errors] == ["/negative_prompt"]
+
+
 def test_a_longer_prompt_is_made_to_fit_by_its_mode(tiny_pipeline: ZImagePipeline) -> None:
     modes: tuple[LongPromptMode, ...] = ("truncate", "interpolate", "pool", "attention_pool")
     results = [tiny_pipeline.generate(longer_than(2000, mode)) for mode in modes]
@@ -206,6 +213,8 @@ def test_the_description_names_what_decides_the_pixels_and_no_path(
     assert described["torch"] == torch.__version__
     assert described["attention_backend"] == "sdpa"
     assert described["model"] == "checkpoint"
+    assert "vae_tiles" not in described
+    assert tiny_pipeline.describe(replace(REQUEST, tiled_vae=True))["vae_tiles"] == "512 px, overlapping by 64 px"
     assert not any(str(tiny_folder.parent) in value for value in described.values())
 
 

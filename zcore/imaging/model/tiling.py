@@ -33,6 +33,9 @@ class Tiling:
                 f"tile_overlap: {self.overlap_px} px is more than half of tile_size, {self.size_px} px"
             )
 
+    def __str__(self) -> str:
+        return f"{self.size_px} px, overlapping by {self.overlap_px} px"
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -75,4 +75,5 @@ def _planned(request: GenerationRequest, one: Pass, index: int) -> PlannedPass:
 
 
 def _scaled(side_px: int, scale: float) -> int:
-    return int(side_px * scale) // SIDE_MULTIPLE_PX * SIDE_MULTIPLE_PX
+    whole = round(side_px * scale, 6)  # 1440 * 0.7 is just below 1008
+    return int(whole) // SIDE_MULTIPLE_PX * SIDE_MULTIPLE_PX
