@@ -14,8 +14,7 @@ from zcore.imaging.model.checkpoint import Depths
 from zcore.imaging.text.formatter import FormattedPrompt, format_negative, format_request
 from zcore.imaging.text.templates import TemplateLibrary
 from zcore.imaging.text.token_count import TokenCounter
-from zcore.jobs.inputs import INPUT_FIELDS
-from zcore.request import GenerationRequest
+from zcore.request import INPUT_FIELDS, GenerationRequest
 from zcore.settings import WebhooksSettings
 
 

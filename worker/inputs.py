@@ -22,7 +22,7 @@ from zcore.imaging.input_picture import open_picture
 from zcore.imaging.inputs import Inputs
 from zcore.jobs import inputs
 from zcore.jobs.database import Database
-from zcore.request import INPUT_ID, OUTPUT_OF_JOB, GenerationRequest
+from zcore.request import INPUT_FIELDS, INPUT_ID, OUTPUT_OF_JOB, GenerationRequest
 from zcore.settings import WebhooksSettings
 from zcore.storage import Storage
 
@@ -64,7 +64,7 @@ class InputSource:
 
         Raises `InputUnavailable` for what cannot be had, `InvalidRequest` for what is no picture, and `StorageError`.
         """
-        named = {name: address for name in inputs.INPUT_FIELDS if (address := getattr(request, name)) is not None}
+        named = {name: address for name in INPUT_FIELDS if (address := getattr(request, name)) is not None}
         files = {name: self._read(name, address, owner) for name, address in named.items()}
         pictures = {name: open_picture(content, name) for name, content in files.items()}
         sha256s = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

@@ -5,7 +5,6 @@ longest unused given up first. A file that changed under its name is read anew. 
 know jobs.
 """
 
-import difflib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from zcore.errors import InvalidRequest
+from zcore.errors import InvalidRequest, did_you_mean
 from zcore.jobs import loras
 from zcore.jobs.database import Database
 from zcore.storage import Storage
@@ -147,5 +146,4 @@ class LoraShelf:
 
     def _near(self, name: str) -> str:
         known = [one for source in self._sources for one in source.names()]
-        near = difflib.get_close_matches(name, known, n=3)
-        return f"; did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else ""
+        return did_you_mean(name, known, at_most=3)

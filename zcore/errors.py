@@ -25,6 +25,8 @@
 Takes nothing, gives types. Does not know HTTP: `server.problems` maps these to status codes.
 """
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -47,6 +49,12 @@ class ConfigurationError(ZImageError):
     """A setting is unknown, malformed or asks for what cannot be."""
 
     code = "invalid_configuration"
+
+
+def did_you_mean(name: str, known: Iterable[str], at_most: int = 1) -> str:
+    """What to add to a refusal of an unknown name: `; did you mean ...?`, or nothing where no known one is like it."""
+    near = difflib.get_close_matches(name, list(known), n=at_most)
+    return f"; did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else ""
 
 
 @dataclass(frozen=True, slots=True)

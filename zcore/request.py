@@ -5,7 +5,6 @@ with every value decided, the seed included. Every bound of a request stands her
 database, the tokenizer (lengths in tokens are checked where one is at hand) or the model.
 """
 
-import difflib
 import math
 import re
 import secrets
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from zcore.errors import FieldError, InvalidRequest
+from zcore.errors import FieldError, InvalidRequest, did_you_mean
 from zcore.sizes import LARGEST_SIDE_PX, RATIOS, SIDE_MULTIPLE_PX, SMALLEST_SIDE_PX, named_size
 
 SEED_BOUND = 2**63
@@ -85,6 +84,8 @@ LoraScale = Annotated[
 ]
 InputAddress = Annotated[str, Meta(min_length=1, max_length=2048)]
 
+INPUT_FIELDS = ("image", "mask")
+"""Fields that hold addresses of pictures."""
 INPUT_ID = re.compile(r"input:([0-9a-f]{64})")
 """An uploaded file, by the SHA-256 of its bytes."""
 OUTPUT_OF_JOB = re.compile(r"output:([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/(\d{1,2})")
@@ -485,7 +486,7 @@ def _request_faults(valid: Mapping[str, Any], limits: RequestLimits, inputs: _In
     is_guided = valid.get("guidance_scale") or any(one.guidance_scale for one in valid.get("passes", ()))
     if valid.get("negative_prompt") and not is_guided:
         faults.append(FieldError("/negative_prompt", "does nothing without a guidance_scale above 0"))
-    addresses = {name: valid[name] for name in ("image", "mask") if valid.get(name) is not None}
+    addresses = {name: valid[name] for name in INPUT_FIELDS if valid.get(name) is not None}
     refused = [name for name, address in addresses.items() if not inputs.is_taken(address)]
     faults += [FieldError(f"/{name}", inputs.described) for name in refused]
     if "mask" in addresses and "image" not in addresses and "mask" not in refused:
@@ -582,5 +583,4 @@ def _is_plain_web_address(url: str) -> bool:
 
 def _unknown_field(name: str) -> str:
     known = (*GenerationRequest.__struct_fields__, *SIZE_FIELDS, *Delivery.__struct_fields__)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"is not a field of a request; did you mean `{near[0]}`?" if near else "is not a field of a request"
+    return f"is not a field of a request{did_you_mean(name, known)}"

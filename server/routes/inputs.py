@@ -2,11 +2,8 @@
 
 import asyncio
 import hashlib
-from dataclasses import dataclass
 
 from litestar import Response, post
-from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
-from litestar.openapi.spec.enums import OpenAPIFormat
 from litestar.params import RawBody
 
 from server import media_types
@@ -27,24 +24,13 @@ FIELD = "image"
 """What a refusal of an upload names: the field that it would have been for."""
 
 
-@dataclass
-class _UploadOperation(Operation):
-    """The body as OpenAPI has it; Litestar describes only bodies that it reads itself."""
-
-    def __post_init__(self) -> None:
-        picture = OpenAPIMediaType(Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY))
-        self.request_body = RequestBody(
-            {"image/*": picture, "application/octet-stream": picture}, "The file itself", required=True
-        )
-
-
 @post(
     "/api/inputs",
     guards=[callers_only, media_types.only("image/*", "application/octet-stream")],
     status_code=201,
     tags=["inputs"],
     summary="Upload a picture to start from",
-    operation_class=_UploadOperation,
+    operation_class=media_types.body_of("The file itself", "image/*", "application/octet-stream"),
     responses={
         400: refusal("The body is not a picture that can be opened"),
         401: refusal("No API key, or a wrong one"),

@@ -5,8 +5,6 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Response, delete, get, post
-from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
-from litestar.openapi.spec.enums import OpenAPIFormat
 from litestar.params import FromPath, QueryParameter, RawBody
 
 from server import media_types
@@ -23,21 +21,13 @@ from zcore.request import LoraName
 HEADER_BYTES_AT_MOST = 100_000_000  # as the format has it
 
 
-class _UploadOperation(Operation):
-    """The body as OpenAPI has it; Litestar describes only bodies that it reads itself."""
-
-    def __post_init__(self) -> None:
-        file = OpenAPIMediaType(Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.BINARY))
-        self.request_body = RequestBody({"application/octet-stream": file}, "The safetensors file", required=True)
-
-
 @post(
     "/api/loras",
     guards=[admin_only, media_types.only("application/octet-stream")],
     status_code=201,
     tags=["loras"],
     summary="Register a LoRA",
-    operation_class=_UploadOperation,
+    operation_class=media_types.body_of("The safetensors file", "application/octet-stream"),
     responses={
         400: refusal("The name is not one that a request can use, or the body is no safetensors file"),
         401: refusal("No admin key, or a wrong one"),

@@ -22,7 +22,15 @@ from zcore.imaging.encode import PictureParameters, read_parameters
 from zcore.imaging.input_picture import open_picture
 from zcore.imaging.text.embedding_header import read_header
 from zcore.imaging.text.templates import TemplateLibrary
-from zcore.request import GIVEN, SEED_BOUND, SIZE_FIELDS, GenerationRequest, OutputFormat, parse_generation
+from zcore.request import (
+    GIVEN,
+    INPUT_FIELDS,
+    SEED_BOUND,
+    SIZE_FIELDS,
+    GenerationRequest,
+    OutputFormat,
+    parse_generation,
+)
 from zcore.settings import Settings
 from zcore.sizes import SIDE_MULTIPLE_PX
 
@@ -129,7 +137,7 @@ def _given(
 ) -> dict[str, GivenFile]:
     """The files that the picture starts from: those that flags name, else those of the picture to be repeated."""
     given: dict[str, GivenFile] = {}
-    for name in ("image", "mask"):
+    for name in INPUT_FIELDS:
         if name in fields:
             given[name] = _opened(name, Path(fields[name]))
         elif original and getattr(original.request, name) is not None:

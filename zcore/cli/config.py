@@ -4,7 +4,6 @@ Takes a command line; gives a table. Secrets are not shown. Needs no torch.
 """
 
 import argparse
-import difflib
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -13,7 +12,7 @@ import msgspec
 from zcore.cli import setting_flags
 from zcore.cli.parser import Commands
 from zcore.cli.setting_flags import add_setting_flags, chosen_settings, value_of
-from zcore.errors import ConfigurationError
+from zcore.errors import ConfigurationError, did_you_mean
 from zcore.settings import setting_names
 
 SECRETS = (
@@ -64,8 +63,7 @@ def _wanted(key: str | None) -> list[str]:
     found = [name for name in names if key is None or name == key or name.startswith(f"{key}.")]
     if not found:
         sections = {name.partition(".")[0] for name in names}
-        near = difflib.get_close_matches(key or "", [*sections, *names], n=1)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
+        hint = did_you_mean(key or "", [*sections, *names])
         raise ConfigurationError(f"`{key}` is neither a setting nor a section{hint}")
     return found
 

@@ -4,11 +4,10 @@ Takes arguments; gives what they say, or a `ConfigurationError`. Does not know a
 """
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from zcore.errors import ConfigurationError
+from zcore.errors import ConfigurationError, did_you_mean
 
 Commands = Any
 """What argparse gives to add commands to; its class has no public name."""
@@ -44,5 +43,4 @@ def _unknown(argument: str, command: Parser) -> str:
     if not argument.startswith("-"):
         return f"`{argument}` is one argument too many; put what belongs together into quotes"
     flag = argument.partition("=")[0]
-    near = difflib.get_close_matches(flag, command.flags, n=1)
-    return f"{flag}: there is no such flag" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{flag}: there is no such flag{did_you_mean(flag, command.flags)}"

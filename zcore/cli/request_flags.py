@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from zcore.errors import InvalidRequest
-from zcore.request import SIZE_FIELDS, GenerationDefaults, GenerationRequest
+from zcore.request import INPUT_FIELDS, SIZE_FIELDS, GenerationDefaults, GenerationRequest
 from zcore.sizes import PRESETS, RATIOS
 
 TEXT_FIELDS = (
@@ -164,7 +164,7 @@ def _add(group: Any, name: str, prompt_required: bool) -> None:
 
 def _reading(name: str, kind: _Kind | None) -> dict[str, Any]:
     """What argparse does with a flag's value."""
-    if name in ("image", "mask"):
+    if name in INPUT_FIELDS:
         return {"metavar": "FILE"}
     if name == "resolution":
         return {"metavar": "PX", "type": _number(int)}

@@ -41,7 +41,7 @@ from zcore.imaging.sampling.multipass import PlannedPass, enlarged, plan
 from zcore.imaging.text.embedding_cache import CacheUse
 from zcore.imaging.text.embedding_file import PromptEmbedding, check_fits
 from zcore.imaging.text.templates import TemplateLibrary
-from zcore.request import GIVEN, GenerationDefaults, GenerationRequest, parse_generation
+from zcore.request import GIVEN, INPUT_FIELDS, GenerationDefaults, GenerationRequest, parse_generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +253,7 @@ class ZImagePipeline:
             "loras": [{"name": lora.name, "scale": scale} for lora, scale in scaled],
             **fields,
         }
-        said |= {name: f"{GIVEN}{name}" for name in ("image", "mask") if getattr(inputs, name) is not None}
+        said |= {name: f"{GIVEN}{name}" for name in INPUT_FIELDS if getattr(inputs, name) is not None}
         if seed is not None:
             said["seed"] = seed
         request = parse_generation(said, self._setup.defaults)
@@ -515,7 +515,7 @@ class _Start:
 
 def _fit(request: GenerationRequest, inputs: Inputs, first: PlannedPass) -> _Start:
     """The request's inputs at the first pass's size. Raises `InvalidRequest` where they are not what it names."""
-    for name in ("image", "mask"):
+    for name in INPUT_FIELDS:
         if (getattr(request, name) is None) != (getattr(inputs, name) is None):
             raise InvalidRequest.field(name, "has to be passed as a picture exactly where the request names one")
     return _Start(

@@ -18,9 +18,8 @@ from zcore.jobs import queries
 from zcore.jobs.database import Transaction
 from zcore.jobs.models import Input, Job, Output
 from zcore.jobs.states import State
-from zcore.request import INPUT_ID, OUTPUT_OF_JOB, GenerationRequest
+from zcore.request import INPUT_FIELDS, INPUT_ID, OUTPUT_OF_JOB, GenerationRequest
 
-INPUT_FIELDS = ("image", "mask")
 # A submission that found its upload a moment before the end of its time is on record by then.
 SPARED = timedelta(minutes=1)
 

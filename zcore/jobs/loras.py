@@ -4,14 +4,13 @@ Takes a `Transaction`; a file lies in storage under its name and SHA-256, put th
 so that a name always leads to a file. Does not touch storage, and does not read a file.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from zcore.errors import Conflict, FieldError, InvalidRequest, NotFound
+from zcore.errors import Conflict, FieldError, InvalidRequest, NotFound, did_you_mean
 from zcore.jobs.database import Transaction
 from zcore.jobs.models import Lora
 from zcore.request import GenerationRequest
@@ -104,5 +103,4 @@ def _locked(transaction: Transaction, name: str) -> Lora | None:
 
 
 def _near(transaction: Transaction, name: str) -> str:
-    near = difflib.get_close_matches(name, [lora.name for lora in listed(transaction)], n=3)
-    return f"; did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else ""
+    return did_you_mean(name, [lora.name for lora in listed(transaction)], at_most=3)

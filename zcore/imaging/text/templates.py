@@ -15,7 +15,6 @@ A file without front matter is all body. A key that is unknown, a value of the w
 `ConfigurationError` that names the file, because a template that silently does nothing is worse than none.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from zcore.errors import ConfigurationError, InvalidRequest
+from zcore.errors import ConfigurationError, InvalidRequest, did_you_mean
 
 FENCE = "---"
 
@@ -95,8 +94,7 @@ class TemplateLibrary:
         """The template of that name; raises `InvalidRequest` on the field `template`, with the names nearest to it."""
         if name in self.templates:
             return self.templates[name]
-        near = difflib.get_close_matches(name, self.templates, n=3)
-        hint = f"; did you mean {' or '.join(f'`{match}`' for match in near)}?" if near else ""
+        hint = did_you_mean(name, self.templates, at_most=3)
         raise InvalidRequest.field("template", f"there is no template `{name}`{hint}")
 
 
