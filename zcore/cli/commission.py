@@ -82,7 +82,11 @@ def commissioned(said: argparse.Namespace, settings: Settings) -> Commission:
     fields, by_settings = said_fields(said), fields_said_as_settings(said)
     original = _original(said.original) if said.original else None
     given = _given(said, fields, original)
-    decided = {**_kept(original, fields.keys() | by_settings), **_format(said.output, fields), **fields}
+    decided = {
+        **_kept(original, fields.keys() | by_settings, "embedding" in given),
+        **_format(said.output, fields),
+        **fields,
+    }
     decided |= {NAMED_BY.get(name, name): file.address for name, file in given.items()}
     if original is None and not fields.keys() & {"width", "height", *SIZE_FIELDS}:
         decided |= _own_size(given)
@@ -115,11 +119,16 @@ def _original(path: Path) -> PictureParameters:
     return parameters
 
 
-def _kept(original: PictureParameters | None, decided: Set[str]) -> dict[str, Any]:
-    """What the picture to be repeated says, but for what flags have decided, a size by name too."""
+def _kept(original: PictureParameters | None, decided: Set[str], is_encoded: bool) -> dict[str, Any]:
+    """What the picture to be repeated says, but for what flags have decided, a size by name too.
+
+    Nor its words, where it was painted from them and an embedding takes their place.
+    """
     if original is None:
         return {}
     replaced = {"version", *decided, *(("width", "height") if decided & set(SIZE_FIELDS) else ())}
+    if is_encoded and "embedding" not in original.inputs:
+        replaced.update(TEXT_FIELDS)
     return {name: value for name, value in msgspec.to_builtins(original.request).items() if name not in replaced}
 
 

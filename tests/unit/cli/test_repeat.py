@@ -96,6 +96,17 @@ def test_tiles_of_another_size_are_told(zimage: Terminal) -> None:
     )
 
 
+def test_an_embedding_takes_the_place_of_all_that_was_written(zimage: Terminal) -> None:
+    zimage.paint("a red circle", *SMALL, "--template", "art_oil", "--guidance-scale", "2", "--negative-prompt", "blue")
+    assert zimage("encode", "--profile", "demo", "--output", "star.safetensors", "a green star").status == 0
+    said = ("--embeddings", "star.safetensors", "--guidance-scale", "0", "--output", "star.png")
+    assert zimage("generate", "--profile", "demo", "--from", "output.png", *said).status == 0
+    made = read_parameters(Path("star.png").read_bytes())
+    assert made is not None
+    assert made.request.prompt.startswith("embedding ")
+    assert (made.request.template, made.request.negative_prompt, made.request.steps) == (None, "", 2)
+
+
 def test_other_flags_stand_over_what_the_picture_says(zimage: Terminal) -> None:
     zimage.paint("a red circle", "--width", "64", "--height", "80", "--steps", "2", "--seed", "7")
     zimage.paint("a blue star", "--from", "output.png", "--size", "96x64", "--n", "2", "--output", "blue.png")
