@@ -150,6 +150,12 @@ class SlgSettings(_Section, frozen=True):
     start: PartOfSteps = 0.05
     stop: PartOfSteps = 0.5
 
+    def __post_init__(self) -> None:
+        if self.start >= self.stop:
+            raise ValueError(f"stop has to be above start, {self.start}")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError("layers names one twice")
+
     @property
     def parts(self) -> SkipLayerGuidance:
         """As a request says it."""

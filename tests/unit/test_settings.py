@@ -232,6 +232,8 @@ def test_an_unknown_profile_is_refused_with_the_nearest_one(environment: dict[st
         ("[default.generation]\nnum_inference_steps = 51\n", "`generation.num_inference_steps`: expected `int` <= 50"),
         ("[default.limits]\nmax_pixels = 0\n", "`limits.max_pixels`: expected `int` >= 4096"),
         ("[default.lora]\npaths = [1]\n", "`lora.paths[0]`: expected `str`"),
+        ("[default.slg]\nstart = 0.6\n", "`slg`: stop has to be above start, 0.6"),
+        ("[default.slg]\nlayers = [3, 3]\n", "`slg`: layers names one twice"),
         ("[default.worker]\nstages = []\n", "`worker.stages`: expected `array` of length >= 1"),
         ("[default.worker]\nstages = ['paint']\n", "`worker.stages[0]`: invalid enum value 'paint'"),
         ("[default.jobs]\nretention_s = inf\n", "`jobs.retention_s`: expected `float` <= 1000000000"),

@@ -500,11 +500,14 @@ class _Start:
     in_tiles: bool = False
 
     def latent_mask(self, one: PlannedPass, device: torch.device) -> Tensor:
-        """(1, h, w) of 0 and 1 by the nearest pixel, 1 where to paint, as diffusers makes it."""
+        """(1, h, w) of 0 and 1: a latent is painted anew where any pixel of it is.
+
+        diffusers looks at one pixel of each latent, and so overlooks thin lines.
+        """
         assert self.mask is not None, "asked for only with a mask"
-        painted = torch.tensor(np.asarray(self.mask))[None, None] >= 128  # (1, 1, H, W)
+        painted = torch.tensor(np.asarray(self.mask))[None] >= 128  # (1, H, W)
         size = (one.size.height, one.size.width)
-        return torch.nn.functional.interpolate(painted.float(), size=size, mode="nearest")[0].to(device)
+        return torch.nn.functional.adaptive_max_pool2d(painted.float(), size).to(device)
 
     def pasted(self, painted: Image.Image, keep_unmasked: bool) -> Image.Image:
         """The painted picture, with the input's own pixels outside the mask where they shall be kept."""

@@ -188,7 +188,9 @@ def test_a_flag_of_a_later_version_is_understood_and_refused(line: str, flag: st
 
 @pytest.mark.parametrize("flag", [flag for flag in ALL if flag.needs])
 def test_a_flag_without_its_switch_is_refused(flag: Any, zimage: Terminal) -> None:
-    value = {"dype.method": "ntk", "slg.layers": "3,4", "pytorch.tile_size": "256"}.get(flag.settings[0], "0")
+    value = {"slg.stop": "1", "dype.method": "ntk", "slg.layers": "3,4", "pytorch.tile_size": "256"}.get(
+        flag.settings[0], "0"
+    )
     value = "1" if flag.names[0] in ("--dype-scale", "--dype-exponent") else value
     finished = zimage("generate", "x", flag.names[0], value)
     assert finished.status == 2
@@ -203,8 +205,8 @@ def test_a_flag_without_its_switch_is_refused(flag: Any, zimage: Terminal) -> No
         ("generate", "PROMPT: is required"),
         ("generate ' '", "PROMPT: must not be blank"),
         ("generate a cat", "`cat` is one argument too many"),
-        ("generate x --widht 64", "--widht: there is no such flag; did you mean --width?"),
-        ("generate x --wid 64", "--wid: there is no such flag; did you mean --width?"),
+        ("generate x --widht 64", "--widht: there is no such flag; did you mean `--width`?"),
+        ("generate x --wid 64", "--wid: there is no such flag; did you mean `--width`?"),
         ("generate x --width", "--width: expected one argument"),
         ("generate x --width wide", "--width: must be a whole number, not `wide`"),
         ("generate x --width 65 --steps 99", "--width: expected `int` that's a multiple of 16; --steps: expected"),

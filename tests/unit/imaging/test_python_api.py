@@ -62,6 +62,16 @@ def test_inpainting_keeps_what_the_mask_leaves(pipe: ZImagePipeline) -> None:
     assert differ(before.crop(kept), loose.crop(kept))
 
 
+def test_a_thin_mask_is_painted_too(pipe: ZImagePipeline) -> None:
+    before = pipe("a red circle", seed=3, **SMALL)
+    mask = Image.new("L", before.size, 0)
+    for x in range(3, 64, 8):
+        mask.paste(255, (x, 0, x + 2, 64))
+    after = pipe.img2img("a green star", image=before, mask=mask, strength=1.0, seed=4)
+    assert differ(before, after)
+    assert not differ(before.crop((0, 0, 3, 64)), after.crop((0, 0, 3, 64)))
+
+
 def test_multi_pass_refines_to_the_final_size(pipe: ZImagePipeline) -> None:
     image = pipe.generate_multipass(
         "A detailed portrait",
