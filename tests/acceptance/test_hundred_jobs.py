@@ -25,6 +25,7 @@ from zcore.jobs.states import State
 pytestmark = pytest.mark.acceptance
 
 JOBS = 100
+STEPS = 24  # a picture takes long enough to be killed in
 LEASE_S = 5
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 
@@ -78,6 +79,7 @@ def submit(server: Server, receiver: Receiver, numbers: range) -> list[str]:
                 "prompt": f"a {COLOURS[number % len(COLOURS)]} circle",
                 "width": 64,
                 "height": 128,
+                "steps": STEPS,
                 "seed": number,
                 "webhook_url": receiver.url,
                 "metadata": {"number": number},
@@ -97,7 +99,6 @@ def kill_in_mid_job(worker: Running, database: Database) -> str:
                 select(Job.id).where(
                     Job.status == State.RUNNING,
                     Job.worker.endswith(f":{worker.process.pid}"),
-                    Job.progress_phase == "denoise",
                 )
             ).first()
             return str(found or "")
