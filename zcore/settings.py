@@ -59,6 +59,7 @@ DeviceOrNone = Annotated[
     str, Meta(pattern=r"^(|auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N, or empty")
 ]
 DType = Literal["bfloat16", "float32", "float16"]
+Quantization = Literal["none", "8bit", "fp8", "4bit"]
 Seconds = Annotated[float, Meta(gt=0, le=1_000_000_000)]
 Delay = Annotated[float, Meta(ge=0, le=86_400)]
 
@@ -73,7 +74,8 @@ class EncoderSettings(_Section, frozen=True):
     device: Device = "auto"
     torch_dtype: DType = "bfloat16"
     hidden_layer: HiddenLayer = -2
-    quantization: Literal["none", "4bit", "8bit"] = "none"
+    quantization: Quantization = "none"
+    weights_file: str = ""
 
 
 class PipelineSettings(_Section, frozen=True):
@@ -82,6 +84,9 @@ class PipelineSettings(_Section, frozen=True):
     device: Device = "auto"
     vae_device: DeviceOrNone = ""
     torch_dtype: DType = "bfloat16"
+    quantization: Quantization = "none"
+    weights_file: str = ""
+    vae_weights_file: str = ""
 
 
 class GenerationSettings(_Section, frozen=True):
@@ -108,7 +113,9 @@ class PytorchSettings(_Section, frozen=True):
     tile_size: Annotated[int, Meta(ge=128, le=8192, multiple_of=16)] = 512
     tile_overlap: Annotated[int, Meta(ge=0, le=4096, multiple_of=8)] = 64
     long_prompt_mode: LongPromptMode = "interpolate"
+    batch_size: Annotated[int, Meta(ge=1, le=16)] = 1
     cpu_offload: bool = False
+    cpu_offload_unit: Literal["network", "block"] = "block"
     compile: bool = False
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     embedding_cache: bool = True
@@ -314,6 +321,21 @@ class Settings(_Section, frozen=True):
         """The checkpoint's folder as an absolute path where there is one, else the hub id as written."""
         folder = TREE / self.model_path
         return str(folder) if folder.is_dir() else self.model_path
+
+    @property
+    def encoder_weights(self) -> Path | None:
+        """The single file of the text encoder's weights, if any."""
+        return TREE / self.encoder.weights_file if self.encoder.weights_file else None
+
+    @property
+    def dit_weights(self) -> Path | None:
+        """The single file of the transformer's weights, if any."""
+        return TREE / self.pipeline.weights_file if self.pipeline.weights_file else None
+
+    @property
+    def vae_weights(self) -> Path | None:
+        """The single file of the VAE's weights, if any."""
+        return TREE / self.pipeline.vae_weights_file if self.pipeline.vae_weights_file else None
 
     @property
     def lora_path(self) -> Path | None:

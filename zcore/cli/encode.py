@@ -14,7 +14,7 @@ from zcore.cli.parser import Commands
 from zcore.cli.progress import ProgressLine
 from zcore.cli.request_flags import TEXT_FIELDS, add_request_flags, said_fields
 from zcore.cli.setting_flags import add_setting_flags, chosen_settings
-from zcore.imaging.from_settings import load_encoder, refuse_what_is_not_built
+from zcore.imaging.from_settings import load_encoder
 from zcore.request import parse_generation
 
 DESCRIPTION = """\
@@ -48,7 +48,6 @@ def add_to(commands: Commands) -> None:
         *setting_flags.CHECKPOINT,
         *setting_flags.TEMPLATES,
         *setting_flags.ENCODER,
-        *setting_flags.LATER_OF_ENCODER,
     )
     add_setting_flags(parser, flags)
     parser.set_defaults(run=run, parser=parser)
@@ -57,7 +56,6 @@ def add_to(commands: Commands) -> None:
 def run(said: argparse.Namespace) -> int:
     """Encode and write. Raises `ZImageError`."""
     chosen = chosen_settings(said)
-    refuse_what_is_not_built(chosen.settings, chosen.spelled)
     request = parse_generation(said_fields(said), chosen.settings.generation_defaults)
     check_template(request, chosen.settings)
     check_place(said.output)

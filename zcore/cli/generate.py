@@ -20,7 +20,7 @@ from zcore.cli.progress import ProgressLine
 from zcore.cli.request_flags import add_request_flags, request_fields
 from zcore.cli.setting_flags import add_setting_flags, chosen_settings
 from zcore.imaging.encode import encode_image
-from zcore.imaging.from_settings import load_generator, load_pipeline, refuse_what_is_not_built
+from zcore.imaging.from_settings import load_generator, load_pipeline
 from zcore.settings import Settings
 
 if TYPE_CHECKING:
@@ -86,7 +86,6 @@ def add_to(commands: Commands) -> None:
 def run(said: argparse.Namespace) -> int:
     """Paint and write. Raises `ZImageError`."""
     chosen = chosen_settings(said)
-    refuse_what_is_not_built(chosen.settings, chosen.spelled)
     commission = commissioned(said, chosen.settings)
     paths = _paths(said.output or Path(f"output{suffix_of(commission.request.format)}"), commission)
     check_place(paths[commission.indexes[0]])

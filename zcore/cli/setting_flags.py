@@ -47,6 +47,8 @@ ENCODER = (
         ("pipeline.torch_dtype", "encoder.torch_dtype"),
         "Arithmetic of the text encoder and the transformer.",
     ),
+    SettingFlag(("--quantization",), ("encoder.quantization",), "The text encoder's weights in fewer bits."),
+    SettingFlag(("--encoder-weights",), ("encoder.weights_file",), "A single file with the text encoder's weights."),
 )
 PAINTER = (
     SettingFlag(
@@ -55,6 +57,16 @@ PAINTER = (
         "Where the transformer runs, and the VAE unless --vae-device says otherwise.",
     ),
     SettingFlag(("--vae-device",), ("pipeline.vae_device",), "Where the VAE runs."),
+    SettingFlag(("--dit-quantization",), ("pipeline.quantization",), "The transformer's weights in fewer bits."),
+    SettingFlag(
+        ("--dit-weights",),
+        ("pipeline.weights_file",),
+        "A single file with the transformer's weights, safetensors or GGUF.",
+    ),
+    SettingFlag(("--vae-weights",), ("pipeline.vae_weights_file",), "A single file with the VAE's weights."),
+    SettingFlag(
+        ("--cpu-offload",), ("pytorch.cpu_offload",), "Weights rest in the CPU's memory and come to the GPU to compute."
+    ),
     SettingFlag(("--attention-backend",), ("pytorch.attention_backend",), "Attention kernel; auto takes the fastest."),
     SettingFlag(
         ("--compile",),
@@ -74,17 +86,8 @@ PAINTER = (
     SettingFlag(("--slg-start",), ("slg.start",), "Part of the steps at which it begins, 0 to 1.", "slg.enabled"),
     SettingFlag(("--slg-stop",), ("slg.stop",), "Part of the steps at which it ends, 0 to 1.", "slg.enabled"),
 )
-LATER_OF_ENCODER = (
-    SettingFlag(("--quantization",), ("encoder.quantization",), "The text encoder's weights in fewer bits."),
-)
-LATER = (
-    *LATER_OF_ENCODER,
-    SettingFlag(("--cpu-offload",), ("pytorch.cpu_offload",), "Only the network that computes is on the GPU."),
-)
-"""Understood, and refused by `from_settings.refuse_what_is_not_built`. What is built moves up."""
-
-ALL = (*CHECKPOINT, *TEMPLATES, *ENCODER, *PAINTER, *LATER)
-PATHS = ("model_path", "templates_dir")
+ALL = (*CHECKPOINT, *TEMPLATES, *ENCODER, *PAINTER)
+PATHS = ("model_path", "templates_dir", "encoder.weights_file", "pipeline.weights_file", "pipeline.vae_weights_file")
 """Settings whose value is looked up from the working folder when a flag says it."""
 
 
@@ -111,7 +114,7 @@ def add_setting_flags(parser: argparse.ArgumentParser, flags: Sequence[SettingFl
         default=[],
         help="Any setting, as pytorch.compile=true. Repeatable.",
     )
-    _add(group, [flag for flag in flags if flag not in LATER])
+    _add(group, flags)
     if PAINTER[0] in flags:
         group.add_argument(
             "--lora",
@@ -120,10 +123,6 @@ def add_setting_flags(parser: argparse.ArgumentParser, flags: Sequence[SettingFl
             default=[],
             help="LoRA file with its strength, as style.safetensors:0.8. Repeatable.",
         )
-    later = [flag for flag in flags if flag in LATER]
-    if later:
-        group = parser.add_argument_group("not yet", "Understood, and refused by this version.")
-        _add(group, later)
 
 
 def chosen_settings(said: argparse.Namespace) -> ChosenSettings:

@@ -1,14 +1,11 @@
 """From the operator's settings to a loaded model on this process's devices.
 
-Takes `Settings`; gives a whole pipeline, or one of its halves, or a `ConfigurationError` for a setting that this
-version cannot honour, so that nothing is silently ignored. Loads torch with the first call. Does not know jobs or
+Takes `Settings`; gives a whole pipeline, or one of its halves. Loads torch with the first call. Does not know jobs or
 command lines.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zcore.errors import ConfigurationError
 from zcore.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,7 +18,6 @@ def load_pipeline(settings: Settings) -> "ZImagePipeline":
 
     Raises `ConfigurationError`, `CheckpointError`, and `InvalidLora` for a file in `lora.paths`.
     """
-    refuse_what_is_not_built(settings)
     from zcore.imaging.pipeline import ZImagePipeline
 
     return ZImagePipeline.from_pretrained(
@@ -29,6 +25,8 @@ def load_pipeline(settings: Settings) -> "ZImagePipeline":
         templates_dir=settings.templates_paths,
         encoder_dtype=settings.encoder.torch_dtype,
         encoder_device=settings.encoder.device,
+        encoder_quantization=settings.encoder.quantization,
+        encoder_weights=settings.encoder_weights,
         embedding_cache_bytes=_cache_bytes(settings),
         **_painting(settings),
     )
@@ -36,7 +34,6 @@ def load_pipeline(settings: Settings) -> "ZImagePipeline":
 
 def load_generator(settings: Settings) -> "ZImagePipeline":
     """Transformer and VAE alone, to paint from an embedding. Raises as `load_pipeline` does."""
-    refuse_what_is_not_built(settings)
     from zcore.imaging.pipeline import ZImagePipeline
 
     return ZImagePipeline.from_pretrained_generator_only(settings.model_location, **_painting(settings))
@@ -44,7 +41,6 @@ def load_generator(settings: Settings) -> "ZImagePipeline":
 
 def load_encoder(settings: Settings) -> "PromptEncoder":
     """Tokenizer and text encoder alone, to make embeddings. Raises as `load_pipeline` does."""
-    refuse_what_is_not_built(settings)
     from zcore.imaging.prompt_encoder import PromptEncoder
     from zcore.imaging.text.templates import TemplateLibrary
 
@@ -53,26 +49,11 @@ def load_encoder(settings: Settings) -> "PromptEncoder":
         templates=TemplateLibrary.load(*settings.templates_paths),
         torch_dtype=settings.encoder.torch_dtype,
         device=settings.encoder.device,
+        quantization=settings.encoder.quantization,
+        weights=settings.encoder_weights,
         hidden_layer=settings.encoder.hidden_layer,
         embedding_cache_bytes=_cache_bytes(settings),
     )
-
-
-def refuse_what_is_not_built(settings: Settings, spelled: Mapping[str, str] = {}) -> None:
-    """Raise `ConfigurationError` where a setting asks for what this version lacks.
-
-    `spelled` holds what its reader calls a setting, where that is not its name: a flag, for who typed one.
-    """
-    wanted = {
-        "encoder.quantization": settings.encoder.quantization != "none",
-        "pytorch.cpu_offload": settings.pytorch.cpu_offload,
-    }
-    for name, asked in wanted.items():
-        if asked:
-            raise ConfigurationError(
-                f"{spelled.get(name, name)}: is understood, but this version cannot honour it yet; "
-                "leave it at its default"
-            )
 
 
 def _painting(settings: Settings) -> dict[str, Any]:
@@ -81,6 +62,12 @@ def _painting(settings: Settings) -> dict[str, Any]:
         "torch_dtype": settings.pipeline.torch_dtype,
         "dit_device": settings.pipeline.device,
         "vae_device": settings.pipeline.vae_device or settings.pipeline.device,
+        "dit_quantization": settings.pipeline.quantization,
+        "dit_weights": settings.dit_weights,
+        "vae_weights": settings.vae_weights,
+        "cpu_offload": settings.pytorch.cpu_offload,
+        "cpu_offload_unit": settings.pytorch.cpu_offload_unit,
+        "batch_size": settings.pytorch.batch_size,
         "hidden_layer": settings.encoder.hidden_layer,
         "attention_backend": settings.pytorch.attention_backend,
         "compile": settings.pytorch.compile,

@@ -30,6 +30,7 @@ from zcore.imaging.model.checkpoint import PAINTING, check_layers, encoder_famil
 from zcore.imaging.model.dype import NOTICE, stretches
 from zcore.imaging.model.lora import LoraWeights, ScaledLora, fuse
 from zcore.imaging.model.lora_file import read_file
+from zcore.imaging.model.quantization import Quantization
 from zcore.imaging.model.tiling import Tiling
 from zcore.imaging.model.transformer import Plan, VelocityModel
 from zcore.imaging.model.vae import PictureCoder
@@ -109,8 +110,16 @@ class ZImagePipeline:
         torch_dtype: torch.dtype | str = torch.bfloat16,
         encoder_dtype: torch.dtype | str | None = None,
         encoder_device: str = "auto",
+        encoder_quantization: Quantization = "none",
+        encoder_weights: str | Path | None = None,
         dit_device: str = "auto",
         vae_device: str = "auto",
+        dit_quantization: Quantization = "none",
+        dit_weights: str | Path | None = None,
+        vae_weights: str | Path | None = None,
+        cpu_offload: bool = False,
+        cpu_offload_unit: Literal["network", "block"] = "block",
+        batch_size: int = 1,
         hidden_layer: int = -2,
         shift: float | None = None,
         compile: bool = False,  # noqa: A002
@@ -125,7 +134,11 @@ class ZImagePipeline:
 
         Devices are `auto`, `cpu`, `mps`, `cuda` or `cuda:N`. `torch_dtype` is the transformer's, and the text
         encoder's unless `encoder_dtype` says otherwise; the VAE works in float32 where the checkpoint or a CPU
-        demands it. `hidden_layer` and `shift` are for calls that do not say; the latter comes from the checkpoint when
+        demands it. A quantization packs a network's weights into fewer bits; a `..._weights` is a single file to read
+        instead of the folder's. With `cpu_offload` weights rest in the CPU's memory and come to their device by
+        `cpu_offload_unit`. `batch_size` pictures of a request are painted at once.
+
+        `hidden_layer` and `shift` are for calls that do not say; the latter comes from the checkpoint when
         None. With `compile` the first pictures take a minute longer. `tile_size` and `tile_overlap`, in pixels, are for
         the VAE where it works in tiles. `fused_loras` are files and scales that act on every picture, at no cost, until
         the pipeline is loaded anew. Raises `InvalidLora` too.
@@ -135,6 +148,9 @@ class ZImagePipeline:
             templates=_templates(templates_dir),
             torch_dtype=encoder_dtype or torch_dtype,
             device=encoder_device,
+            quantization=encoder_quantization,
+            offload="network" if cpu_offload else "none",
+            weights=encoder_weights,
             hidden_layer=hidden_layer,
             embedding_cache_bytes=embedding_cache_bytes,
         )
@@ -143,6 +159,12 @@ class ZImagePipeline:
             torch_dtype=torch_dtype,
             dit_device=dit_device,
             vae_device=vae_device,
+            dit_quantization=dit_quantization,
+            dit_weights=dit_weights,
+            vae_weights=vae_weights,
+            cpu_offload=cpu_offload,
+            cpu_offload_unit=cpu_offload_unit,
+            batch_size=batch_size,
             shift=shift,
             compile=compile,
             compile_mode=compile_mode,
@@ -162,6 +184,12 @@ class ZImagePipeline:
         torch_dtype: torch.dtype | str = torch.bfloat16,
         dit_device: str = "auto",
         vae_device: str = "auto",
+        dit_quantization: Quantization = "none",
+        dit_weights: str | Path | None = None,
+        vae_weights: str | Path | None = None,
+        cpu_offload: bool = False,
+        cpu_offload_unit: Literal["network", "block"] = "block",
+        batch_size: int = 1,
         shift: float | None = None,
         compile: bool = False,  # noqa: A002
         compile_mode: str = "default",
@@ -178,7 +206,9 @@ class ZImagePipeline:
         """
         folder = locate(str(model_path), PAINTING)
         dtype = loader.dtype_of(torch_dtype)
-        transformer = loader.transformer_placement(loader.device_of(dit_device), dtype)
+        transformer = loader.transformer_placement(
+            loader.device_of(dit_device), dtype, dit_quantization, cpu_offload_unit if cpu_offload else "none"
+        )
         configured = float(read_json(folder / "scheduler" / "scheduler_config.json")["shift"])
         setup = _Setup(
             name=folder.resolve().name if Path(model_path).is_dir() else str(model_path),

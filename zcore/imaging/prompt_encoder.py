@@ -19,6 +19,7 @@ from zcore.errors import CheckpointError, InvalidRequest
 from zcore.imaging.geometry import PlacementLimits
 from zcore.imaging.model import loader
 from zcore.imaging.model.checkpoint import ENCODING, encoder_family, locate, revision
+from zcore.imaging.model.quantization import Quantization
 from zcore.imaging.text import long_prompt
 from zcore.imaging.text.embedding_cache import CacheUse, EmbeddingCache, key_of
 from zcore.imaging.text.embedding_file import PromptEmbedding
@@ -57,15 +58,20 @@ class PromptEncoder:
         templates: TemplateLibrary | None = None,
         torch_dtype: torch.dtype | str = torch.bfloat16,
         device: str = "auto",
+        quantization: Quantization = "none",
+        offload: loader.Offload = "none",
+        weights: str | Path | None = None,
         hidden_layer: int = -2,
         embedding_cache_bytes: int = 0,
     ) -> "PromptEncoder":
         """Load a folder in the diffusers layout, or a hub id. Raises `CheckpointError` for what is not as it has to be.
 
-        `hidden_layer` is the one that requests will mostly ask for: a checkpoint without it is refused here.
+        `quantization` is the weights' number of bits; with `offload` they rest in the CPU's memory. `weights` is a
+        single file to read instead of the folder's. `hidden_layer` is the one that requests will mostly ask for: a
+        checkpoint without it is refused here.
         """
         folder = locate(str(model_path), ENCODING)
-        placement = loader.Placement(loader.device_of(device), loader.dtype_of(torch_dtype))
+        placement = loader.Placement(loader.device_of(device), loader.dtype_of(torch_dtype), quantization, offload)
         model = loader.load_text_encoder(folder, placement)
         encoder = cls(folder, model, placement, templates or TemplateLibrary.empty(), embedding_cache_bytes)
         try:

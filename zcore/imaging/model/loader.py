@@ -9,23 +9,35 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from zcore.errors import CheckpointError
 from zcore.imaging.model.checkpoint import check_layout, read_json
+from zcore.imaging.model.quantization import Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
+Offload = Literal["none", "network", "block"]
+"""What of a network comes to its device at once to compute; with `none` all of it stays there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a network runs, and in which arithmetic."""
+    """Where a network computes and in which arithmetic, in how many bits its weights are, and where they rest."""
 
     device: torch.device
     dtype: torch.dtype
+    quantization: Quantization = "none"
+    offload: Offload = "none"
+
+    @property
+    def rests_on(self) -> torch.device:
+        """Where weights are while they do not compute."""
+        return self.device if self.offload == "none" else torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +120,13 @@ def spelled(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def transformer_placement(device: torch.device, dtype: torch.dtype) -> Placement:
+def transformer_placement(
+    device: torch.device, dtype: torch.dtype, quantization: Quantization = "none", offload: Offload = "none"
+) -> Placement:
     """Float16 is refused: the published weights overflow it and paint black (Tongyi-MAI/Z-Image, issue 14)."""
     if dtype == torch.float16:
         raise CheckpointError("torch_dtype: float16 makes the transformer paint black; use bfloat16 or float32")
-    return Placement(device, dtype)
+    return Placement(device, dtype, quantization, offload)
 
 
 def vae_placement(folder: Path, device: torch.device, dtype: torch.dtype) -> Placement:
