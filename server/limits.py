@@ -1,5 +1,5 @@
 """What a submission has to satisfy beyond its own bounds: its template exists, its prompt can be made to fit, its
-layers are there, and what it starts from may be fetched.
+layers are there, and its addresses on the web may be used.
 
 Takes the templates and, where the checkpoint lies on this host, its tokenizer and configurations; without them the
 prompt is bounded in characters by `zcore.request`, and the worker counts. Needs no torch. Does not know the database.
@@ -14,19 +14,22 @@ from zcore.imaging.model.checkpoint import Depths
 from zcore.imaging.text.formatter import FormattedPrompt, format_negative, format_request
 from zcore.imaging.text.templates import TemplateLibrary
 from zcore.imaging.text.token_count import TokenCounter
-from zcore.request import INPUT_FIELDS, GenerationRequest
+from zcore.request import INPUT_FIELDS, GenerationRequest, Submission
 from zcore.settings import WebhooksSettings
 
 
-def check_web_inputs(request: GenerationRequest, settings: WebhooksSettings) -> None:
-    """Raises `InvalidRequest` for an input over plain http, which workers fetch only where private addresses are
+def check_web_addresses(submission: Submission, settings: WebhooksSettings) -> None:
+    """Raises `InvalidRequest` for plain http, over which workers fetch and tell only where private addresses are
     allowed.
     """
     if settings.allow_private_addresses:
         return
-    plain = [name for name in INPUT_FIELDS if (getattr(request, name) or "").lower().startswith("http:")]
-    if plain:
-        raise InvalidRequest([FieldError(f"/{name}", "only https is fetched here") for name in plain])
+    inputs = {name: getattr(submission.request, name) for name in INPUT_FIELDS}
+    faults = [FieldError(f"/{name}", "only https is fetched here") for name, one in inputs.items() if _is_plain(one)]
+    if _is_plain(submission.delivery.webhook_url):
+        faults.append(FieldError("/webhook_url", "only https is told here"))
+    if faults:
+        raise InvalidRequest(faults)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +85,7 @@ class PromptLimit:
         except PromptTooLong:
             return LaidOut(prompt, count, limit)
         return LaidOut(prompt, count, limit, kept_tokens=min(count, limit))
+
+
+def _is_plain(address: str | None) -> bool:
+    return address is not None and address.lower().startswith("http:")

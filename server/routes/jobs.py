@@ -28,7 +28,7 @@ from server.dependencies import (
     NamedWatch,
     Owner,
 )
-from server.limits import check_web_inputs
+from server.limits import check_web_addresses
 from server.problems import refusal
 from server.schemas import SUBMISSION_EXAMPLES, JobPage, submission_schema
 from zcore.errors import Gone, InvalidRequest
@@ -110,7 +110,7 @@ async def generate(
     of the wait nor a lost connection cancels the job.
     """
     submission = parse_submission(data, settings.generation_defaults, settings.limits)
-    check_web_inputs(submission.request, settings.webhooks)
+    check_web_addresses(submission, settings.webhooks)
     prompt_limit.check(submission.request)
     accepted = await asyncio.to_thread(
         _accept, database, settings, storage, submission, owner, _fingerprint(data), _bare(idempotency_key)

@@ -201,15 +201,17 @@ def test_an_address_on_the_web_is_left_to_the_worker(open_api: Api) -> None:
     assert open_api.submit(image="https://pictures.example/cat.png").status_code == 202
 
 
-def test_plain_http_is_refused_at_once_where_no_worker_would_fetch_it(tmp_path: Path, sqlite_url: str) -> None:
+def test_plain_http_is_refused_at_once_where_no_worker_would_use_it(tmp_path: Path, sqlite_url: str) -> None:
     given = {"database.url": sqlite_url, "webhooks.allow_private_addresses": False}
     with Installation(tmp_path, given).serving() as server:
 
-        def submit(image: str) -> httpx.Response:
-            return httpx.post(f"{server.url}/api/generate", json={"prompt": "a fox", "image": image, "mask": image})
+        def submit(address: str) -> httpx.Response:
+            body = {"prompt": "a fox", "image": address, "mask": address, "webhook_url": address}
+            return httpx.post(f"{server.url}/api/generate", json=body)
 
-        assert pointers(problem(submit("HTTP://example.com/a.png"), 400, "invalid_request")) == {"/image", "/mask"}
-        assert submit("https://example.com/a.png").status_code == 202
+        refused = problem(submit("HTTP://example.com/a"), 400, "invalid_request")
+        assert pointers(refused) == {"/image", "/mask", "/webhook_url"}
+        assert submit("https://example.com/a").status_code == 202
 
 
 def test_of_a_stranger_no_body_is_read(keyed_api: Api) -> None:
