@@ -93,7 +93,11 @@ class ZImagePipeline:
             setup.compile_mode,
         )
         fused = [ScaledLora(self.load_lora(path), scale) for path, scale in setup.fused_loras]
-        fuse(network, fused)
+        if setup.transformer.quantization == "none":
+            fuse(network, fused)
+        else:
+            # Nothing can be added to packed weights.
+            self._model = self._model.adapted(fused)
         self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype, setup.tiling)
         self._description = {
             **_described(setup, revision(folder, PAINTING)),

@@ -242,7 +242,7 @@ def test_a_worker_killed_in_mid_job_is_survived_and_one_without_time_hands_back(
 
 def test_what_cannot_work_is_refused_in_one_line(tmp_path: Path, migrated_file: Path) -> None:
     refusals = {
-        "pytorch.cpu_offload=true": "worker: pytorch.cpu_offload: is understood, but this version cannot honour it yet",
+        "pytorch.tile_overlap=512": "worker: tile_overlap: 512 px is more than half of tile_size, 512 px",
         'worker.stages=["generate"]': "worker: worker.stages: only `generate`, but jobs.split_encoding is off",
         "nonsense": "worker: `nonsense`: settings are given as name=value",
     }

@@ -29,6 +29,8 @@ PROMISED: list[tuple[str, dict[str, Any]]] = [
     ('--model-path /path/to/z-image --width 1536 --height 1024 "A panoramic landscape"', {"width": 1536}),
     ('--long-prompt-mode attention_pool "A prompt"', {"long_prompt_mode": "attention_pool"}),
     ('--encoder-device cpu "A prompt"', {}),
+    ('--quantization 8bit "A prompt"', {}),
+    ('--cpu-offload "A prompt"', {}),
     (
         '--model-path /path --dype --dype-scale 2.0 --width 2048 --height 2048 "A landscape"',
         {"dype": msgspec.to_builtins(Dype(scale=2.0)), "width": 2048, "tiled_vae": False},
@@ -45,10 +47,6 @@ PROMISED: list[tuple[str, dict[str, Any]]] = [
         '--tiled-vae --tile-size 512 --tile-overlap 64 --width 2048 --height 2048 "A large image"',
         {"tiled_vae": True, "slg": None, "dype": None},
     ),
-]
-PROMISED_LATER = [
-    ('--quantization 8bit "A prompt"', "--quantization"),
-    ('--cpu-offload "A prompt"', "--cpu-offload"),
 ]
 
 
@@ -176,14 +174,6 @@ def test_loras_are_files_with_scales(zimage: Terminal, tmp_path: Path, monkeypat
         (tmp_path / "style.safetensors", 0.5),
         (tmp_path / "detail.safetensors", 1.0),
     ]
-
-
-@pytest.mark.parametrize(("line", "flag"), PROMISED_LATER)
-def test_a_flag_of_a_later_version_is_understood_and_refused(line: str, flag: str, zimage: Terminal) -> None:
-    finished = zimage("generate", *shlex.split(line))
-    assert finished.status == 2
-    assert finished.err.startswith(f"zimage: {flag}: is understood, but this version cannot honour it yet")
-    assert finished.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flag", [flag for flag in ALL if flag.needs])

@@ -16,7 +16,7 @@ from torch import nn
 
 from zcore.errors import CheckpointError
 from zcore.imaging.model.checkpoint import check_layout, read_json
-from zcore.imaging.model.quantization import Quantization
+from zcore.imaging.model.quantization import Quantization, pack, packable, quiet_imports
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -51,7 +51,8 @@ class Networks:
 
 def load_text_encoder(folder: Path, placement: Placement) -> nn.Module:
     """The language model, without the head that no embedding needs. Raises `CheckpointError`."""
-    from transformers import Qwen3Model
+    with quiet_imports():
+        from transformers import Qwen3Model
 
     # Mismatches are reported below; unasked, transformers would raise without naming one.
     return _load(Qwen3Model, folder, "text_encoder", placement, ignore_mismatched_sizes=True)
@@ -59,23 +60,26 @@ def load_text_encoder(folder: Path, placement: Placement) -> nn.Module:
 
 def load_transformer(folder: Path, placement: Placement) -> nn.Module:
     """The diffusion transformer. Raises `CheckpointError`."""
-    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+    with quiet_imports():
+        from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
     return _load(ZImageTransformer2DModel, folder, "transformer", placement)
 
 
 def load_vae(folder: Path, placement: Placement) -> nn.Module:
     """The autoencoder between pixels and latents. Raises `CheckpointError`."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    with quiet_imports():
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return _load(AutoencoderKL, folder, "vae", placement)
 
 
 def build_meta(folder: Path) -> Networks:
     """All networks by their configurations alone, on the meta device: names and shapes without weights."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
+    with quiet_imports():
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+        from transformers import Qwen3Config, Qwen3Model
 
     def from_config(network: Any, component: str) -> nn.Module:
         return cast(nn.Module, network.from_config(read_json(folder / component / "config.json")))
@@ -156,7 +160,10 @@ def _load(network: Any, model: Path, component: str, placement: Placement, **opt
         names = sorted(str(name) for name in report[fault] if not str(name).startswith("lm_head."))
         if names:
             raise CheckpointError(f"{folder}: {fault.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)")
-    return cast(nn.Module, loaded.to(placement.device).eval().requires_grad_(False))
+    loaded.eval().requires_grad_(False)
+    for name in packable(loaded):
+        pack(loaded, name, placement.quantization)
+    return cast(nn.Module, loaded.to(placement.rests_on))
 
 
 @contextmanager
