@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zcore.errors import InvalidRequest, OutOfMemory
+from zcore.errors import CheckpointError, InvalidRequest, OutOfMemory
 from zcore.imaging import geometry
 from zcore.imaging.input_picture import fitted, mask_fitted
 from zcore.imaging.inputs import Inputs
@@ -91,6 +91,7 @@ class ZImagePipeline:
             setup.transformer.dtype,
             load_attention(setup.attention_backend),
             setup.compile_mode,
+            setup.transformer.offload,
         )
         fused = [ScaledLora(self.load_lora(path), scale) for path, scale in setup.fused_loras]
         if setup.transformer.quantization == "none":
@@ -153,7 +154,7 @@ class ZImagePipeline:
             torch_dtype=encoder_dtype or torch_dtype,
             device=encoder_device,
             quantization=encoder_quantization,
-            offload="network" if cpu_offload else "none",
+            offload=cpu_offload_unit if cpu_offload else "none",
             weights=encoder_weights,
             hidden_layer=hidden_layer,
             embedding_cache_bytes=embedding_cache_bytes,
@@ -213,6 +214,11 @@ class ZImagePipeline:
         transformer = loader.transformer_placement(
             loader.device_of(dit_device), dtype, dit_quantization, cpu_offload_unit if cpu_offload else "none"
         )
+        if compile and transformer.offload == "block":
+            raise CheckpointError(
+                "compile: the compiled forward is one graph, into which no block can come: offload by `network`, "
+                "or do not compile"
+            )
         configured = float(read_json(folder / "scheduler" / "scheduler_config.json")["shift"])
         setup = _Setup(
             name=folder.resolve().name if Path(model_path).is_dir() else str(model_path),
@@ -392,13 +398,15 @@ class ZImagePipeline:
         geometry.check_sides(request.width, request.height, self._limits)
         check_layers(request, self._model.layer_count)
         passes = plan(request)
-        model = self._model.adapted(_scaled(request, inputs))
+        adapted = self._model.adapted(_scaled(request, inputs))
         clock = PhaseClock(self._devices)
         walk = _Walk(on_step, request.n * sum(one.forwards for one in passes))
         on_step(Progress("encode", 0, walk.steps))
         with clock.phase("encode"):
             embedding = self._embedding(request, inputs.embedding)
             start = _fit(request, inputs, passes[0])
+        with clock.phase("denoise"):
+            model = adapted.brought()
         images: list[GeneratedImage] = []
         for index in range(request.n):
             with clock.phase("denoise"):

@@ -9,7 +9,8 @@ one thread.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class PromptEncoder:
         self._limit = PlacementLimits.of_checkpoint(folder).caption_tokens
         self._family = encoder_family(folder)
         self._revision = revision(folder, ENCODING)
-        self._model = TextEncoder(model, placement.device)
+        self._model = TextEncoder(model, placement.device, placement.offload)
         self._cache = EmbeddingCache(cache_bytes)
 
     @classmethod
@@ -92,7 +93,7 @@ class PromptEncoder:
         """
         request = _as_request(request)
         prompt = format_request(request, self._templates)
-        with torch.inference_mode():
+        with self._at_work():
             return self._embedding(
                 request, prompt, self._embed(prompt, LayerBlend.of(request), request.long_prompt_mode)
             )
@@ -104,7 +105,7 @@ class PromptEncoder:
         for index, request in enumerate(asked):
             groups.setdefault(LayerBlend.of(request), []).append(index)
         embeddings: dict[int, PromptEmbedding] = {}
-        with torch.inference_mode():
+        with self._at_work():
             for blend, members in groups.items():
                 prompts = [format_request(asked[index], self._templates) for index in members]
                 tokens = [
@@ -115,6 +116,14 @@ class PromptEncoder:
                     fitted = self._fitted(embeds, one.tail, asked[index].long_prompt_mode)
                     embeddings[index] = self._embedding(asked[index], prompt, fitted)
         return [embeddings[index] for index in range(len(asked))]
+
+    def rest(self) -> bool:
+        """The text encoder leaves its device now, and comes back by itself when it encodes next.
+
+        Whether that made memory of the device free: not on a CPU, and not if it rests already. It stays in the CPU's
+        memory.
+        """
+        return self._model.rest()
 
     def describe(self) -> dict[str, str]:
         """What makes these embeddings. Names no path and no host."""
@@ -128,6 +137,16 @@ class PromptEncoder:
     def cache_use(self) -> CacheUse:
         """How the embedding cache has served."""
         return self._cache.use()
+
+    @contextmanager
+    def _at_work(self) -> Generator[None]:
+        """Where weights rest in the CPU's memory, they leave the device at the end, whatever ends it."""
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if self._placement.offload != "none":
+                self._model.rest()
 
     def _embedding(self, request: GenerationRequest, prompt: FormattedPrompt, embeds: Tensor) -> PromptEmbedding:
         negative = None

@@ -101,10 +101,15 @@ class Conditions:
     order: Tensor | None  # (B, S, 1), int64
 
 
-def modulate(weights: Transformer, t: Tensor, dtype: torch.dtype) -> Modulation:
+def modulators(weights: Transformer) -> list[Layer]:
+    """What makes the factors of the noise refiner's and the main blocks, in this order."""
+    return [block.adaLN_modulation for block in (*weights.noise_refiner, *weights.layers)]
+
+
+def modulate(weights: Transformer, modulators: Sequence[Layer], t: Tensor, dtype: torch.dtype) -> Modulation:
     """The factors at times `t` = 1 - sigma, float32 (B,)."""
     moment = weights.t_embedder(t * weights.t_scale).to(dtype)
-    raw = torch.stack([block.adaLN_modulation(moment) for block in (*weights.noise_refiner, *weights.layers)])
+    raw = torch.stack([modulator(moment) for modulator in modulators])
     scale1, gate1, scale2, gate2 = raw.unsqueeze(2).chunk(4, dim=-1)  # (blocks, B, 1, D)
     final = 1.0 + weights.all_final_layer[PATCH].adaLN_modulation(moment)
     return Modulation(

@@ -83,7 +83,7 @@ def bind(lora: Lora, name: str, network: nn.Module, device: torch.device) -> Lor
     for layer_name, layer in lora.layers.items():
         change, gain = layer.change.moved(device), None
         if layer.magnitude is not None:
-            weight = _plain_weight(network, layer_name, name)
+            weight = _plain_weight(network, layer_name, name).to(device)
             norms = (weight.float() + change.dense()).square().sum(1).sqrt()
             gain = layer.magnitude.to(device) / norms.clamp(min=torch.finfo(torch.float32).tiny)
         layers[layer_name] = BoundLayer(change, gain)
@@ -111,8 +111,9 @@ def fuse(network: nn.Module, loras: Sequence[ScaledLora]) -> None:
         before = weight.float()
         after = before.clone()
         for layer, scale in layers:
-            change = layer.change.dense()
-            after += scale * (change if layer.gain is None else layer.gain[:, None] * (before + change) - before)
+            change = layer.change.dense().to(weight.device)
+            gain = None if layer.gain is None else layer.gain.to(weight.device)[:, None]
+            after += scale * (change if gain is None else gain * (before + change) - before)
         weight.data.copy_(after)
 
 

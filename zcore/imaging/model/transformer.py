@@ -28,10 +28,13 @@ from zcore.imaging.model.forward import (
     forward,
     forward_skipping,
     modulate,
+    modulators,
     refine_caption,
 )
+from zcore.imaging.model.loader import Offload
 from zcore.imaging.model.lora import LoraWeights, ScaledLora, adapted, bind, changeable
 from zcore.imaging.model.lora_file import parse_lora
+from zcore.imaging.model.offload import brought, moved, ready_to_leave
 from zcore.imaging.model.rope import Rotary, caption_places, frequencies, picture_places, rotary
 from zcore.request import Dype
 
@@ -83,11 +86,16 @@ class VelocityModel:
         dtype: torch.dtype,
         attend: Attend = sdpa,
         compile_mode: str | None = None,
+        offload: Offload = "none",
     ) -> None:
-        """With a `compile_mode` of torch's the forward is one graph without a break, which serves every size, prompt
+        """With an `offload` the weights rest in the CPU's memory, and the model has to be `brought` to compute.
+
+        With a `compile_mode` of torch's the forward is one graph without a break, which serves every size, prompt
         length and number of steps. Batches, and batches with masks, are compiled when they first come.
         """
-        self._weights = cast(Transformer, transformer)
+        self._weights = cast(Transformer, transformer if offload == "none" else ready_to_leave(transformer, device))
+        self._modulators = modulators(self._weights)
+        self._offload: Offload = offload
         self._device = device
         self._dtype = dtype
         self._attend = attend
@@ -116,6 +124,21 @@ class VelocityModel:
             return self
         other = copy(self)
         other._weights = cast(Transformer, network)
+        other._modulators = modulators(other._weights)
+        return other
+
+    def brought(self) -> "VelocityModel":
+        """This model with its weights on its device; this one itself where they rest there.
+
+        They leave when nobody holds it any more. What every step's plan needs of all blocks comes with it; the blocks
+        come one at a time where they are the unit.
+        """
+        if self._offload == "none":
+            return self
+        other = copy(self)
+        other._offload = "none"
+        other._weights = cast(Transformer, brought(self._module, self._device, self._offload, but=["adaLN_modulation"]))
+        other._modulators = [moved(cast(nn.Module, one), self._device) for one in self._modulators]
         return other
 
     def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: Sequence[float], dype: Dype | None = None) -> Plan:
@@ -134,7 +157,7 @@ class VelocityModel:
         captions = self._refined_captions([sample.prompt_embeds for sample in samples])
         steps = zip_longest(*([1.0 - sigma for sigma in sample.sigmas[:-1]] for sample in samples), fillvalue=0.0)
         times = torch.tensor(list(steps), dtype=torch.float32).to(self._device)  # (steps, B)
-        modulations = [modulate(self._weights, t, self._dtype) for t in times]
+        modulations = [modulate(self._weights, self._modulators, t, self._dtype) for t in times]
         return [
             Plan(
                 size=sample.size,

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from zcore.errors import InvalidRequest
+from zcore.imaging.model.loader import Offload
+from zcore.imaging.model.offload import OffloadedNetwork
 from zcore.request import GenerationRequest
 
 
@@ -47,22 +49,30 @@ class _LanguageModel(Protocol):
     config: Any
     embed_tokens: nn.Module
     rotary_emb: nn.Module
-    layers: nn.ModuleList
+    layers: Sequence[nn.Module]
     norm: nn.Module
 
 
 class TextEncoder:
     """The checkpoint's language model, read at any of its hidden layers."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model = cast(_LanguageModel, model)
+    def __init__(self, model: nn.Module, device: torch.device, offload: Offload = "none") -> None:
+        """With an `offload` the model rests in the CPU's memory, comes to its device to encode, and stays until it is
+        told to `rest`.
+        """
+        self._network = OffloadedNetwork(model, device, offload)
         self._device = device
-        self.width = int(self._model.config.hidden_size)
+        self._blocks = len(cast(_LanguageModel, model).layers)
+        self.width = int(cast(_LanguageModel, model).config.hidden_size)
         """Numbers a token: 2560."""
+
+    def rest(self) -> bool:
+        """Leave the device until the next prompt; whether that made memory of it free."""
+        return self._network.rest()
 
     def depth(self, layer: int) -> int:
         """How many blocks have run where this hidden layer is read. Raises `InvalidRequest` where it is not there."""
-        blocks = len(self._model.layers)
+        blocks = self._blocks
         if not -blocks <= layer <= -1:
             raise InvalidRequest.field("hidden_layer", f"{layer}; this text encoder has the layers -{blocks} to -1")
         return blocks + 1 + layer
@@ -93,7 +103,7 @@ class TextEncoder:
         """Hidden states (B, L, hidden) at these depths, 0 being the token embeddings."""
         from transformers import masking_utils
 
-        model = self._model
+        model = cast(_LanguageModel, self._network.present())
         hidden: Tensor = model.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         rotary = model.rotary_emb(hidden, positions)
@@ -105,8 +115,11 @@ class TextEncoder:
             position_ids=positions,
         )
         states = {0: hidden} if 0 in depths else {}
-        for depth, block in enumerate(model.layers[: max(depths)], start=1):
-            hidden = block(hidden, attention_mask=seen, position_embeddings=rotary, position_ids=positions)
+        for depth in range(1, max(depths) + 1):
+            # Not held by a name: blocks may come one at a time, and leave.
+            hidden = model.layers[depth - 1](
+                hidden, attention_mask=seen, position_embeddings=rotary, position_ids=positions
+            )
             if depth in depths:
-                states[depth] = model.norm(hidden) if depth == len(model.layers) else hidden
+                states[depth] = model.norm(hidden) if depth == self._blocks else hidden
         return states
