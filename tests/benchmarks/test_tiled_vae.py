@@ -32,18 +32,18 @@ DECODING = """
 import resource, sys, time, torch
 from zcore.demo import CHECKPOINT
 from zcore.imaging.model import vae
+from zcore.imaging.model.tiling import Tiling
 from zcore.imaging.model.loader import Placement, load_vae
 
 torch.set_num_threads(1)
 side, tiled = int(sys.argv[1]), sys.argv[2] == "tiles"
-vae.UNTOLD_MEMORY_BYTES = 2**50
 coder = vae.PictureCoder(load_vae(CHECKPOINT, Placement(torch.device("cpu"), torch.float32)), torch.device("cpu"),
                          torch.float32)
 latents = torch.randn(16, side // 8, side // 8)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before, began = peak(), time.monotonic()
 with torch.inference_mode():
-    coder.decode(latents, tiled)
+    coder.decode(latents, Tiling() if tiled else None)
 print(peak() - before, round(time.monotonic() - began, 1))
 """
 
@@ -63,15 +63,15 @@ def test_memory(side: int, way: str) -> None:
 def test_pixels(tiling: Tiling) -> None:
     torch.set_num_threads(1)
     vae = load_vae(CHECKPOINT, Placement(CPU, torch.float32))
-    coder = PictureCoder(vae, CPU, torch.float32, tiling)
+    coder = PictureCoder(vae, CPU, torch.float32)
     rng = random.Random(7)
     for kind in ("object", "scene"):
         found: dict[str, list[float]] = {"tiles to one piece": [], "tiles to render": [], "one piece to render": []}
         for index in range(10):
             truth = render(draw_picture(rng, kind), 512, 512, random.Random(index))
             with torch.inference_mode():
-                latents = coder.encode(Image.fromarray(truth), torch.Generator().manual_seed(index))
-                whole, tiled = (np.asarray(coder.decode(latents, tiled=way)) for way in (False, True))
+                latents = coder.draw(coder.encode(Image.fromarray(truth)), torch.Generator().manual_seed(index))
+                whole, tiled = (np.asarray(coder.decode(latents, way)) for way in (None, tiling))
             found["tiles to one piece"].append(_psnr(tiled, whole))
             found["tiles to render"].append(_psnr(tiled, truth))
             found["one piece to render"].append(_psnr(whole, truth))

@@ -36,6 +36,7 @@ from zcore.imaging.model.transformer import Plan, VelocityModel
 from zcore.imaging.model.vae import PictureCoder
 from zcore.imaging.profiler import GenerationMetrics, PhaseClock
 from zcore.imaging.prompt_encoder import PromptEncoder
+from zcore.imaging.relief import Ladder, OnRelief
 from zcore.imaging.sampling.denoise import Kept, Velocity, denoise, draw_noise, noised
 from zcore.imaging.sampling.guidance import away_from_skipped, guided, skips_layers
 from zcore.imaging.sampling.multipass import PlannedPass, enlarged, plan
@@ -47,7 +48,11 @@ from zcore.request import GIVEN, INPUT_FIELDS, GenerationDefaults, GenerationReq
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a generation is: `step` of `steps` done, over all its pictures and passes; `phase` is what comes next."""
+    """How far a generation is: `step` of `steps` done, over all its pictures and passes; `phase` is what comes next.
+
+    A forward of several pictures at once is a step of each, so the count grows by their number. Where memory ran out
+    and pictures are begun again, it falls back to where they began.
+    """
 
     phase: Literal["encode", "denoise", "decode"]
     step: int
@@ -73,7 +78,9 @@ class GenerationResult:
     images: list[GeneratedImage]
     metrics: GenerationMetrics
     made_by: dict[str, str]
-    """What `ZImagePipeline.describe` says, and the SHA-256 of each LoRA's file, as `lora:NAME`."""
+    """What `ZImagePipeline.describe` says, the SHA-256 of each LoRA's file, as `lora:NAME`, and `vae_tiles` wherever
+    tiles were used, asked for or not.
+    """
 
 
 class ZImagePipeline:
@@ -99,7 +106,7 @@ class ZImagePipeline:
         else:
             # Nothing can be added to packed weights.
             self._model = self._model.adapted(fused)
-        self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype, setup.tiling)
+        self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype)
         self._description = {
             **_described(setup, revision(folder, PAINTING)),
             **{f"lora_fused:{one.weights.name}": f"{one.weights.sha256} at {one.scale}" for one in fused},
@@ -229,21 +236,28 @@ class ZImagePipeline:
             compile_mode=compile_mode if compile else None,
             fused_loras=tuple((Path(path), scale) for path, scale in fused_loras),
             tiling=Tiling(tile_size, tile_overlap),
+            batch_size=batch_size,
         )
         return cls(folder, setup, encoder)
 
     def generate(
-        self, request: GenerationRequest, on_step: OnStep | None = None, inputs: Inputs | None = None
+        self,
+        request: GenerationRequest,
+        on_step: OnStep | None = None,
+        inputs: Inputs | None = None,
+        on_relief: OnRelief | None = None,
     ) -> GenerationResult:
-        """Paint the request's pictures one after the other; each is what it would be alone.
+        """Paint the request's pictures, `batch_size` at once; each is what it would be alone: bit for bit where that is
+        1, else up to rounding.
 
         `inputs` holds what the request names: it has to have an image and a mask exactly where the request does.
         `on_step` is told before the prompt is encoded, before each forward and before each decoding; an
-        `errors.Interruption` that it raises ends the generation there. Raises `InvalidRequest` for an unknown
-        template or a size the checkpoint cannot place, `PromptTooLong`, `EmbeddingMismatch` and `OutOfMemory`.
+        `errors.Interruption` that it raises ends the generation there. `on_relief` is told what is given up where
+        memory runs out. Raises `InvalidRequest` for an unknown template or a size the checkpoint cannot place,
+        `PromptTooLong`, `EmbeddingMismatch`, and `OutOfMemory` where nothing is left to give up.
         """
         generator_of = partial(_generator_of, request)
-        return self._generate(request, on_step or _unheard, inputs or Inputs(), generator_of)
+        return self._generate(request, on_step or _unheard, inputs or Inputs(), generator_of, on_relief or _unheard)
 
     def __call__(
         self,
@@ -299,7 +313,7 @@ class ZImagePipeline:
         request = parse_generation(said, self._setup.defaults)
         if generator is None:
             return self.generate(request, inputs=inputs).images[0].image
-        return self._generate(request, _unheard, inputs, lambda _index: generator).images[0].image
+        return self._generate(request, _unheard, inputs, lambda _index: generator, _unheard).images[0].image
 
     def img2img(
         self,
@@ -345,11 +359,11 @@ class ZImagePipeline:
 
     def load_lora(self, file: Path | str | bytes, name: str | None = None) -> LoraWeights:
         """A LoRA made ready for this checkpoint, to be passed with any number of requests; it stays on the device as
-        long as it is kept. `name` is the file's stem where it is not given. Raises `InvalidLora`.
+        long as it is kept. `name` is the file's stem where it is not given. Raises `InvalidLora` and `OutOfMemory`.
         """
         if isinstance(file, bytes):
-            return self._model.lora(file, name or "lora")
-        return self._model.lora(read_file(Path(file)), name or Path(file).stem)
+            return self._loaded(file, name or "lora")
+        return self._loaded(read_file(Path(file)), name or Path(file).stem)
 
     def describe(self, request: GenerationRequest | None = None) -> dict[str, str]:
         """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host.
@@ -370,22 +384,33 @@ class ZImagePipeline:
         """How the embedding cache has served; nothing where there is no text encoder."""
         return self._encoder.cache_use() if self._encoder else CacheUse(0, 0, 0, 0)
 
+    def _loaded(self, lora: bytes, name: str) -> LoraWeights:
+        ladder = Ladder(f"the LoRA {name}", _unheard, encoder=self._encoder)
+        return ladder.load(partial(self._model.lora, lora, name), self._setup.transformer.device)
+
     def _generate(
         self,
         request: GenerationRequest,
         on_step: OnStep,
         inputs: Inputs,
         generator_of: Callable[[int], torch.Generator],
+        on_relief: OnRelief,
     ) -> GenerationResult:
+        ladder = Ladder(
+            f"{request.width}x{request.height}",
+            on_relief,
+            encoder=self._encoder,
+            batch_size=self._setup.batch_size,
+            tiling=self._setup.tiling,
+            in_tiles=request.tiled_vae,
+        )
+        way = partial(self._paint, request, on_step, inputs, generator_of, ladder)
         try:
             with torch.inference_mode():
-                return self._paint(request, on_step, inputs, generator_of)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).partition("\n")[0]
-        # Only here are the failed frames gone, and the tensors with them.
-        torch.cuda.empty_cache()
-        where = self._setup.transformer.device
-        raise OutOfMemory(f"{request.width}x{request.height} does not fit the memory of {where}: {reason}")
+                return ladder.attempt(way, self._setup.transformer.device)
+        except OutOfMemory as fault:
+            refusal = fault.message
+        raise OutOfMemory(refusal)  # a new one, without the frames that hold the tensors of this generation
 
     def _paint(
         self,
@@ -393,52 +418,57 @@ class ZImagePipeline:
         on_step: OnStep,
         inputs: Inputs,
         generator_of: Callable[[int], torch.Generator],
+        ladder: Ladder,
     ) -> GenerationResult:
         """The whole way."""
         geometry.check_sides(request.width, request.height, self._limits)
         check_layers(request, self._model.layer_count)
         passes = plan(request)
-        adapted = self._model.adapted(_scaled(request, inputs))
+        device = self._setup.transformer.device
+        adapted = ladder.load(partial(self._model.adapted, _scaled(request, inputs)), device)
         clock = PhaseClock(self._devices)
-        walk = _Walk(on_step, request.n * sum(one.forwards for one in passes))
+        walk = _Walk(on_step, request.n, sum(one.forwards for one in passes))
         on_step(Progress("encode", 0, walk.steps))
         with clock.phase("encode"):
-            embedding = self._embedding(request, inputs.embedding)
+            embedding = self._embedding(request, inputs.embedding, ladder)
             start = _fit(request, inputs, passes[0])
+            possible = None if start.image is None else self._encoded(start.image, ladder)
+        draws = [self._drawn(generator_of(index), passes, possible) for index in range(request.n)]
         with clock.phase("denoise"):
-            model = adapted.brought()
+            common = _Common(ladder.load(adapted.brought, device), passes, embedding, start)
         images: list[GeneratedImage] = []
-        for index in range(request.n):
+        while waiting := draws[len(images) :]:
             with clock.phase("denoise"):
-                latents = self._latents(model, passes, embedding, start, generator_of(index), walk)  # (16, h, w)
-            walk.tell("decode")
-            with clock.phase("decode"):
-                image = start.pasted(self._coder.decode(latents, request.tiled_vae), request.keep_unmasked)
-            images.append(GeneratedImage(image, request.seed_of(index), index))
+                batch = ladder.paint(partial(self._latents, common, waiting, walk), len(waiting), device)
+            for latents in batch:  # (16, h, w)
+                walk.tell("decode")
+                with clock.phase("decode"):
+                    image = start.pasted(self._decoded(latents, ladder), request.keep_unmasked)
+                images.append(GeneratedImage(image, request.seed_of(len(images)), len(images)))
         metrics = clock.metrics(embedding.prompt_tokens, embedding.embeds.shape[0])
-        return GenerationResult(images, metrics, {**self.describe(request), **_hashes(request, inputs)})
+        tiles = {"vae_tiles": str(ladder.tiles)} if ladder.tiles else {}
+        return GenerationResult(images, metrics, {**self.describe(request), **tiles, **_hashes(request, inputs)})
 
-    def _latents(
-        self,
-        model: VelocityModel,
-        passes: Sequence[PlannedPass],
-        embedding: PromptEmbedding,
-        start: "_Start",
-        generator: torch.Generator,
-        walk: "_Walk",
-    ) -> Tensor:
-        """One picture through all passes: (16, h, w) of the last one's size."""
+    def _drawn(self, generator: torch.Generator, passes: Sequence[PlannedPass], possible: Tensor | None) -> "_Drawn":
+        start = None if possible is None else self._coder.draw(possible, generator).cpu()
+        return _Drawn(start, [draw_noise(generator, self._model.channels, one.size).cpu() for one in passes])
+
+    def _latents(self, common: "_Common", waiting: Sequence["_Drawn"], walk: "_Walk", at_once: int) -> Tensor:
+        """The first of the waiting pictures through all passes: (at_once, 16, h, w) of the last one's size."""
         device = self._setup.transformer.device
-        latents = self._coder.encode(start.image, generator, start.in_tiles).to(device) if start.image else None
-        for one in passes:
-            noise = draw_noise(generator, self._model.channels, one.size).to(device)
+        walk.go_back(len(waiting))
+        drawn = waiting[:at_once]
+        starts = [one.start for one in drawn if one.start is not None]
+        latents = torch.stack(starts).to(device) if starts else None
+        for one, noises in zip(common.passes, zip(*(each.noises for each in drawn), strict=True), strict=True):
+            noise = torch.stack(noises).to(device)
             latents = noise if latents is None else enlarged(latents, one.size)
-            kept = Kept(latents, noise, start.latent_mask(one, device)) if start.mask else None
+            kept = Kept(latents, noise, common.start.latent_mask(one, device)) if common.start.mask else None
             latents = denoise(
-                self._velocity(model, embedding, one),
+                self._velocity(common.model, common.embedding, one),
                 noised(latents, noise, one.levels[0]),
                 list(one.levels),
-                walk.step,
+                partial(walk.step, at_once),
                 kept,
             )
         assert latents is not None, "there is at least one pass"
@@ -446,7 +476,7 @@ class ZImagePipeline:
 
     @staticmethod
     def _velocity(model: VelocityModel, embedding: PromptEmbedding, one: PlannedPass) -> Velocity:
-        """Where latents want to go in this pass, guided where it is to be."""
+        """Where latents want to go in this pass, guided where they are to be."""
         levels = list(one.levels)
         positive = model.plan(embedding.embeds, one.size, levels, one.dype)
         negative = None
@@ -458,14 +488,25 @@ class ZImagePipeline:
             wanted, skipped = _positive(model, positive, latents, step, one)
             towards = wanted
             if negative is not None and one.guidance.is_active(levels[step]):
-                towards = guided(wanted, model.velocity(negative, latents, step), one.guidance)
+                pairs = zip(wanted, _velocities(model, negative, latents, step), strict=True)
+                towards = torch.stack([guided(*pair, one.guidance) for pair in pairs])
             if one.slg is not None and skipped is not None:
                 towards = away_from_skipped(towards, wanted, skipped, one.slg.scale)
             return towards
 
         return velocity
 
-    def _embedding(self, request: GenerationRequest, given: PromptEmbedding | None) -> PromptEmbedding:
+    def _encoded(self, image: Image.Image, ladder: Ladder) -> Tensor:
+        fits = self._coder.fits(*image.size)
+        return ladder.code(partial(self._coder.encode, image), image.size, fits, self._setup.vae.device)
+
+    def _decoded(self, latents: Tensor, ladder: Ladder) -> Image.Image:
+        _channels, height, width = latents.shape
+        size_px = (width * geometry.LATENT_PX, height * geometry.LATENT_PX)
+        fits = self._coder.fits(*size_px)
+        return ladder.code(partial(self._coder.decode, latents), size_px, fits, self._setup.vae.device)
+
+    def _embedding(self, request: GenerationRequest, given: PromptEmbedding | None, ladder: Ladder) -> PromptEmbedding:
         """On the transformer's device and in its dtype."""
         if given is not None:
             check_fits(
@@ -480,10 +521,14 @@ class ZImagePipeline:
                 )
         elif self._encoder is None:
             raise InvalidRequest.field("embeddings", "are needed: this pipeline was loaded without a text encoder")
-        embedding = given or cast(PromptEncoder, self._encoder).encode(request)
+        embedding = given or self._encoded_prompt(request, ladder)
         move = partial(torch.Tensor.to, device=self._setup.transformer.device, dtype=self._setup.transformer.dtype)
         negative = None if embedding.negative is None else move(embedding.negative)
         return replace(embedding, embeds=move(embedding.embeds), negative=negative)
+
+    def _encoded_prompt(self, request: GenerationRequest, ladder: Ladder) -> PromptEmbedding:
+        encoder = cast(PromptEncoder, self._encoder)
+        return ladder.attempt(partial(encoder.encode, request), encoder.device)
 
     @property
     def _devices(self) -> set[torch.device]:
@@ -496,9 +541,16 @@ def _positive(
 ) -> tuple[Tensor, Tensor | None]:
     """What the transformer says for the prompt; and what without the skipped layers, in a step that asks for it."""
     if one.slg is None or not skips_layers(one.slg, step, one.forwards):
-        return model.velocity(prompt, latents, step), None
-    (whole,), (without,) = model.velocities_skipping([prompt], [latents], [step], one.slg.layers)
-    return whole, without
+        return _velocities(model, prompt, latents, step), None
+    count = len(latents)
+    whole, without = model.velocities_skipping([prompt] * count, list(latents), [step] * count, one.slg.layers)
+    return torch.stack(whole), torch.stack(without)
+
+
+def _velocities(model: VelocityModel, prompt: Plan, latents: Tensor, step: int) -> Tensor:
+    """Of pictures (B, 16, h, w) that share their prompt, in one forward."""
+    count = len(latents)
+    return torch.stack(model.velocities([prompt] * count, list(latents), [step] * count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -513,6 +565,7 @@ class _Setup:
     compile_mode: str | None
     fused_loras: tuple[tuple[Path, float], ...]
     tiling: Tiling
+    batch_size: int
 
 
 @dataclass(slots=True)
@@ -520,13 +573,24 @@ class _Walk:
     """The count of steps of one generation, told step by step."""
 
     on_step: OnStep
-    steps: int
+    pictures: int
+    forwards: int
+    """Of each picture."""
     done: int = 0
 
-    def step(self, _step: int) -> None:
-        """Another step begins."""
+    @property
+    def steps(self) -> int:
+        """Of all pictures together."""
+        return self.pictures * self.forwards
+
+    def go_back(self, waiting: int) -> None:
+        """To where so many pictures have not begun."""
+        self.done = (self.pictures - waiting) * self.forwards
+
+    def step(self, pictures: int, _step: int) -> None:
+        """Another step of so many pictures begins."""
         self.tell("denoise")
-        self.done += 1
+        self.done += pictures
 
     def tell(self, phase: Literal["denoise", "decode"]) -> None:
         """What comes next."""
@@ -534,12 +598,32 @@ class _Walk:
 
 
 @dataclass(frozen=True, slots=True)
+class _Drawn:
+    """What chance gives one picture: where it starts if from another, (16, h, w), and each pass's noise; on the CPU.
+
+    Drawn before anything is painted, so that a picture which is begun again begins with the same.
+    """
+
+    start: Tensor | None
+    noises: Sequence[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """What all pictures of a generation are painted with."""
+
+    model: VelocityModel
+    passes: Sequence[PlannedPass]
+    embedding: PromptEmbedding
+    start: "_Start"
+
+
+@dataclass(frozen=True, slots=True)
 class _Start:
-    """What the first pass starts from, at its size: RGB picture and 8-bit mask, or neither. `in_tiles` as requested."""
+    """What the first pass starts from, at its size: RGB picture and 8-bit mask, or neither."""
 
     image: Image.Image | None = None
     mask: Image.Image | None = None
-    in_tiles: bool = False
 
     def latent_mask(self, one: PlannedPass, device: torch.device) -> Tensor:
         """(1, h, w) of 0 and 1: a latent is painted anew where any pixel of it is.
@@ -566,7 +650,6 @@ def _fit(request: GenerationRequest, inputs: Inputs, first: PlannedPass) -> _Sta
     return _Start(
         image=None if inputs.image is None else fitted(inputs.image, first.width, first.height, request.fit),
         mask=None if inputs.mask is None else mask_fitted(inputs.mask, first.width, first.height, request.fit),
-        in_tiles=request.tiled_vae,
     )
 
 
@@ -589,7 +672,7 @@ def _templates(folders: str | Path | Sequence[str | Path] | None) -> TemplateLib
     return TemplateLibrary.load(*map(Path, several))
 
 
-def _unheard(_progress: Progress) -> None:
+def _unheard(_told: object) -> None:
     pass
 
 

@@ -53,11 +53,11 @@ def test_the_first_pass_over_an_image_has_its_own_strength() -> None:
 
 
 def test_latents_grow_smoothly_and_keep_their_dtype() -> None:
-    ramp = torch.linspace(-1, 1, 12).repeat(16, 8, 1).to(torch.bfloat16)
+    ramp = torch.linspace(-1, 1, 12).repeat(2, 16, 8, 1).to(torch.bfloat16)
     grown = enlarged(ramp, LatentSize(height=16, width=24))
-    assert grown.shape == (16, 16, 24)
+    assert grown.shape == (2, 16, 16, 24)
     assert grown.dtype == torch.bfloat16
-    inner = grown[0, 3, 4:-4].float()
+    inner = grown[1, 0, 3, 4:-4].float()
     places = (torch.arange(24) + 0.5) / 2 - 0.5  # of the new latents, in old ones
     assert torch.allclose(inner, (-1 + 2 * places / 11)[4:-4], atol=0.02)
     assert (inner.diff() > 0).all()
@@ -65,10 +65,10 @@ def test_latents_grow_smoothly_and_keep_their_dtype() -> None:
 
 @pytest.mark.parametrize("height", [8, 16])
 def test_latents_of_that_size_stay_as_they_are(height: int) -> None:
-    latents = torch.randn(16, height, 12)
+    latents = torch.randn(1, 16, height, 12)
     assert enlarged(latents, LatentSize(height=height, width=12)) is latents
 
 
 def test_a_constant_stays_constant() -> None:
-    grown = enlarged(torch.full((16, 4, 4), 0.7), LatentSize(height=8, width=10))
-    assert torch.allclose(grown, functional.interpolate(torch.full((1, 16, 4, 4), 0.7), size=(8, 10))[0])
+    grown = enlarged(torch.full((1, 16, 4, 4), 0.7), LatentSize(height=8, width=10))
+    assert torch.allclose(grown, functional.interpolate(torch.full((1, 16, 4, 4), 0.7), size=(8, 10)))

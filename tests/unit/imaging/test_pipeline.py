@@ -106,7 +106,7 @@ def test_memory_that_does_not_suffice_is_said_and_the_next_generation_is_bit_equ
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nGPU 0 has ...")
 
     with monkeypatch.context() as patched:
-        patched.setattr("zcore.imaging.model.transformer.VelocityModel.velocity", too_large)
+        patched.setattr("zcore.imaging.model.transformer.VelocityModel.velocities", too_large)
         with pytest.raises(OutOfMemory, match=r"^64x80 does not fit the memory of cpu: .*3\.00 GiB\.$") as failure:
             tiny_pipeline.generate(REQUEST)
     # What failed must not keep its tensors alive through the error.

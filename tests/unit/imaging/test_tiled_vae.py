@@ -20,7 +20,7 @@ from zcore.imaging.model import vae as vae_module
 from zcore.imaging.model.loader import Placement, load_vae
 from zcore.imaging.model.tiling import Tiling, spans
 from zcore.imaging.model.vae import PictureCoder
-from zcore.imaging.pipeline import Inputs, ZImagePipeline
+from zcore.imaging.pipeline import GenerationResult, Inputs, ZImagePipeline
 from zcore.request import GenerationRequest
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def vae(demo_folder: Path) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def coder(vae: nn.Module) -> PictureCoder:
-    return PictureCoder(vae, CPU, torch.float32, TILING)
+    return PictureCoder(vae, CPU, torch.float32)
 
 
 def rendered(width: int, height: int) -> Image.Image:
@@ -45,12 +45,12 @@ def rendered(width: int, height: int) -> Image.Image:
 
 def encoded(coder: PictureCoder, image: Image.Image, tiled: bool) -> Tensor:
     with torch.inference_mode():
-        return coder.encode(image, torch.Generator().manual_seed(5), tiled)
+        return coder.draw(coder.encode(image, TILING if tiled else None), torch.Generator().manual_seed(5))
 
 
 def decoded(coder: PictureCoder, latents: Tensor, tiled: bool) -> np.ndarray:
     with torch.inference_mode():
-        return np.asarray(coder.decode(latents, tiled)).astype(float)
+        return np.asarray(coder.decode(latents, TILING if tiled else None)).astype(float)
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -101,7 +101,7 @@ def test_an_overlap_of_more_than_half_a_tile_is_refused_by_name() -> None:
 @pytest.mark.parametrize("size", [(40, 40), (18, 44), (16, 33)])
 def test_a_constant_stays_a_constant_to_the_last_pixel(size: tuple[int, int]) -> None:
     """With a decoder that knows no border, whatever shows a tile would show here."""
-    coder = PictureCoder(Enlarging(), CPU, torch.float32, TILING)
+    coder = PictureCoder(Enlarging(), CPU, torch.float32)
     painted = decoded(coder, torch.full((16, *size), 0.5), tiled=True)
     assert painted.shape == (size[0] * 8, size[1] * 8, 3)
     assert set(painted.ravel()) == {round((0.5 / 2 + 0.5) * 255)}
@@ -137,41 +137,51 @@ def test_a_picture_of_one_tile_is_that_of_one_piece(coder: PictureCoder) -> None
 # When
 
 
-def test_what_would_not_fit_goes_in_tiles_unasked(coder: PictureCoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = rendered(256, 256)
-    latents = encoded(coder, image, tiled=False)
-    whole, tiled = decoded(coder, latents, tiled=False), decoded(coder, latents, tiled=True)
-    needed = 4 * 16 * 4 * 256 * 256  # tensors, channels, bytes, pixels
+def test_what_would_not_fit_goes_in_tiles_unasked_and_its_file_says_so(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = in_small_tiles(demo_folder)
+    whole, tiled = painted(pipeline, tiled=False), painted(pipeline, tiled=True)
+    needed = 4 * 16 * 4 * 192 * 160  # tensors, channels, bytes, pixels
     monkeypatch.setattr(vae_module, "UNTOLD_MEMORY_BYTES", needed)
-    assert np.array_equal(decoded(coder, latents, tiled=False), whole)
+    assert pixels(painted(pipeline, tiled=False)) == pixels(whole)
     monkeypatch.setattr(vae_module, "UNTOLD_MEMORY_BYTES", needed - 1)
-    assert np.array_equal(decoded(coder, latents, tiled=False), tiled)
-    assert torch.equal(encoded(coder, image, tiled=False), encoded(coder, image, tiled=True))
+    unasked = painted(pipeline, tiled=False)
+    assert pixels(unasked) == pixels(tiled)
+    assert "vae_tiles" not in whole.made_by
+    assert unasked.made_by["vae_tiles"] == tiled.made_by["vae_tiles"] == "128 px, overlapping by 32 px"
 
 
 def test_the_decoder_never_sees_more_than_a_tile(vae: nn.Module) -> None:
     seen: list[torch.Size] = []
-    coder = PictureCoder(Watched(vae, seen), CPU, torch.float32, TILING)
+    coder = PictureCoder(Watched(vae, seen), CPU, torch.float32)
     decoded(coder, torch.randn(16, 50, 40), tiled=True)
     assert set(seen) == {torch.Size((1, 16, 16, 16))}
 
 
 def test_a_request_for_tiles_is_painted_in_tiles(demo_folder: Path) -> None:
-    pipeline = ZImagePipeline.from_pretrained(
+    pipeline = in_small_tiles(demo_folder)
+    whole, tiled = painted(pipeline, tiled=False), painted(pipeline, tiled=True)
+    assert pixels(whole) != pixels(tiled)
+    assert pixels(painted(pipeline, tiled=False)) == pixels(whole)
+    assert psnr(*(np.asarray(one.images[0].image).astype(float) for one in (whole, tiled))) > 25
+
+
+def in_small_tiles(demo_folder: Path) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(
         demo_folder, torch_dtype="float32", dit_device="cpu", encoder_device="cpu", tile_size=128, tile_overlap=32
     )
-    inputs = Inputs(image=rendered(192, 160))
 
-    def painted(tiled: bool) -> Image.Image:
-        request = GenerationRequest(
-            prompt="sunset", image="given:a", strength=0.1, width=192, height=160, steps=1, tiled_vae=tiled
-        )
-        return pipeline.generate(request, inputs=inputs).images[0].image
 
-    whole, tiled = painted(tiled=False), painted(tiled=True)
-    assert whole.tobytes() != tiled.tobytes()
-    assert painted(tiled=False).tobytes() == whole.tobytes()
-    assert psnr(np.asarray(whole).astype(float), np.asarray(tiled).astype(float)) > 25
+def painted(pipeline: ZImagePipeline, tiled: bool) -> GenerationResult:
+    request = GenerationRequest(
+        prompt="sunset", image="given:a", strength=0.1, width=192, height=160, steps=1, tiled_vae=tiled
+    )
+    return pipeline.generate(request, inputs=Inputs(image=rendered(192, 160)))
+
+
+def pixels(result: GenerationResult) -> bytes:
+    return result.images[0].image.tobytes()
 
 
 class Enlarging(nn.Module):

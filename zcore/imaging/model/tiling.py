@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 from zcore.errors import CheckpointError
+from zcore.imaging.geometry import LATENT_PX
+
+SMALLEST_PX = 256
+"""No tile is halved to less: the smaller it is, the less it is like one piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,16 @@ class Tiling:
             raise CheckpointError(
                 f"tile_overlap: {self.overlap_px} px is more than half of tile_size, {self.size_px} px"
             )
+
+    def divides(self, width_px: int, height_px: int) -> bool:
+        """Whether such a picture is more than one tile; if not, it goes through as in one piece."""
+        return max(width_px, height_px) > self.size_px
+
+    def halved(self) -> "Tiling | None":
+        """Tiles of half the side, overlapping by half as much; None where they would be too small."""
+        if self.size_px < 2 * SMALLEST_PX:
+            return None
+        return Tiling(self.size_px // 2 // LATENT_PX * LATENT_PX, self.overlap_px // 2 // LATENT_PX * LATENT_PX)
 
     def __str__(self) -> str:
         return f"{self.size_px} px, overlapping by {self.overlap_px} px"

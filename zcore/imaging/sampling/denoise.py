@@ -1,4 +1,4 @@
-"""The walk from noise to a picture's latents.
+"""The walk from noise to latents, of one picture or of several at once.
 
 Takes start latents, noise levels and a function that says where latents want to go; gives the latents at the end.
 Keeps no state between calls. Does not know the model, the prompt or the schedule's formula.
@@ -19,9 +19,9 @@ Velocity = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The part of a picture that is not painted anew: inpainting.
+    """The part of pictures that is not painted anew: inpainting.
 
-    `picture` are its latents, `noise` what they began with, both (16, h, w); `mask` (1, h, w) is 1 where to paint.
+    `picture` are their latents, `noise` what they began with, both (B, 16, h, w); `mask` (1, h, w) is 1 where to paint.
     """
 
     picture: Tensor
@@ -47,7 +47,7 @@ def denoise(
     before_step: Callable[[int], None],
     kept: Kept | None = None,
 ) -> Tensor:
-    """Euler's method for d x / d sigma = v(x, sigma), in float32, along `sigmas` from first to last.
+    """Euler's method for d x / d sigma = v(x, sigma), in float32 (B, 16, h, w), along `sigmas` from first to last.
 
     `before_step` is told the number of steps done, before each; what it raises ends the walk. What is `kept` is put
     back after each step, at that step's noise level.

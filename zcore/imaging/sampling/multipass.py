@@ -48,13 +48,11 @@ def plan(request: GenerationRequest) -> list[PlannedPass]:
 
 
 def enlarged(latents: Tensor, size: LatentSize) -> Tensor:
-    """Latents (16, h, w) of any dtype at another size, bicubic; the same where the size is the same."""
-    if latents.shape[1:] == (size.height, size.width):
+    """Latents (B, 16, h, w) of any dtype at another size, bicubic; the same where the size is the same."""
+    if latents.shape[2:] == (size.height, size.width):
         return latents
-    grown = functional.interpolate(
-        latents[None].float(), size=(size.height, size.width), mode="bicubic", align_corners=False
-    )
-    return grown[0].to(latents.dtype)
+    grown = functional.interpolate(latents.float(), size=(size.height, size.width), mode="bicubic", align_corners=False)
+    return grown.to(latents.dtype)
 
 
 def _planned(request: GenerationRequest, one: Pass, index: int) -> PlannedPass:
