@@ -9,7 +9,7 @@ know what becomes of the pictures.
 import asyncio
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -28,6 +28,7 @@ from zcore.storage import Storage
 
 HEADERS = {"user-agent": "zimage-inputs/1", "accept": "image/*"}
 TOO_MANY_REQUESTS = 429
+CHECK_INTERVAL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +60,25 @@ class InputSource:
         self._loras = loras or LoraShelf.empty()
         self._outbound = Outbound()
 
-    def fetch(self, request: GenerationRequest, owner: str) -> FetchedInputs:
+    def fetch(self, request: GenerationRequest, owner: str, check: Callable[[], None]) -> FetchedInputs:
         """Everything that the request names, opened.
 
-        Raises `InputUnavailable` for what cannot be had, `InvalidRequest` for what is no picture, and `StorageError`.
+        `check` is called all the while; what it raises ends the wait for a slow server. Raises `InputUnavailable` for
+        what cannot be had, `InvalidRequest` for what is no picture, and `StorageError`.
         """
         named = {name: address for name in INPUT_FIELDS if (address := getattr(request, name)) is not None}
-        files = {name: self._read(name, address, owner) for name, address in named.items()}
+        files = {name: self._read(name, address, owner, check) for name, address in named.items()}
         pictures = {name: open_picture(content, name) for name, content in files.items()}
         sha256s = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         loras = {use.name: self._loras.get(use.name) for use in request.loras}
         return FetchedInputs(Inputs(pictures.get("image"), pictures.get("mask"), loras=loras), sha256s)
 
-    def _read(self, field: str, address: str, owner: str) -> bytes:
+    def _read(self, field: str, address: str, owner: str, check: Callable[[], None]) -> bytes:
         if upload := INPUT_ID.fullmatch(address):
             return self._stored(field, inputs.key_of(owner, upload[1]), "this upload was deleted after its time")
         if painted := OUTPUT_OF_JOB.fullmatch(address):
             return self._painted(field, uuid.UUID(painted[1]), int(painted[2]), owner)
-        return self._downloaded(field, address)
+        return self._downloaded(field, address, check)
 
     def _painted(self, field: str, job_id: uuid.UUID, position: int, owner: str) -> bytes:
         try:
@@ -92,9 +94,9 @@ class InputSource:
         except NotFound as fault:
             raise InputUnavailable(field, missing) from fault
 
-    def _downloaded(self, field: str, url: str) -> bytes:
+    def _downloaded(self, field: str, url: str, check: Callable[[], None]) -> bytes:
         try:
-            return asyncio.run(self._download(field, url))
+            return asyncio.run(self._download_while(field, url, check))
         except ForbiddenAddress as fault:
             raise InputUnavailable(field, str(fault), retryable=isinstance(fault, UnknownHost)) from fault
         except TimeoutError as fault:
@@ -105,6 +107,17 @@ class InputSource:
             raise InputUnavailable(field, detail, retryable=True) from fault
         except httpx.InvalidURL as fault:
             raise InputUnavailable(field, f"is not an address that can be asked for: {fault}") from fault
+
+    async def _download_while(self, field: str, url: str, check: Callable[[], None]) -> bytes:
+        """The download, given up when `check` raises."""
+        download = asyncio.create_task(self._download(field, url))
+        try:
+            while not download.done():
+                await asyncio.wait([download], timeout=CHECK_INTERVAL_S)
+                check()
+            return download.result()
+        finally:
+            download.cancel()
 
     async def _download(self, field: str, url: str) -> bytes:
         target = resolve(url, self._web.allow_private_addresses)

@@ -191,6 +191,14 @@ def heartbeat(
     return None if row is None else Beat(cancel_requested=row[0] is not None)
 
 
+def note(transaction: Transaction, lease: Lease, event: str, detail: dict[str, Any]) -> bool:
+    """A line of a running job's timeline about what happened to it on its way; False when the lease is lost."""
+    job = transaction.session.scalar(select(Job).where(*_holds(lease)).with_for_update())
+    if job is not None:
+        _record(transaction, job, event, detail)
+    return job is not None
+
+
 def complete(
     transaction: Transaction,
     lease: Lease,

@@ -8,7 +8,7 @@ from worker import app
 class BrokenGpu:
     """A pipeline as torch leaves it after an illegal access."""
 
-    def generate(self, _request: object, _on_step: object, _inputs: object) -> Any:
+    def generate(self, _request: object, _on_step: object, _inputs: object, _on_relief: object) -> Any:
         """Fails as every later call in such a process does."""
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

@@ -27,6 +27,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Relief:
+    """As `zcore.imaging.relief.Relief`, which would load torch."""
+
+    rung: str
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Metrics:
     """As `zcore.imaging.profiler.GenerationMetrics`."""
 
@@ -64,9 +72,15 @@ class Painter:
     told: list[int] = field(default_factory=list)
     painted_from: list[str] = field(default_factory=list)
     model: str = "a model"
+    reliefs: dict[int, list[Relief]] = field(default_factory=dict)
+    """What memory made it give up, before which step."""
 
     def generate(
-        self, request: GenerationRequest, on_step: Callable[[Any], None], inputs: Inputs | None = None
+        self,
+        request: GenerationRequest,
+        on_step: Callable[[Any], None],
+        inputs: Inputs | None = None,
+        on_relief: Callable[[Any], None] = lambda _relief: None,
     ) -> Result:
         """The pictures, step by step. An embedding has to be of this model."""
         embedding: Any = inputs.embedding if inputs else None
@@ -80,6 +94,8 @@ class Painter:
         for step in range(forwards):
             self.between(request, step)
             self.told.append(step)
+            for relief in self.reliefs.pop(step, ()):
+                on_relief(relief)
             on_step(Progress("denoise", step, forwards))
         grey = Image.new("RGB", (request.width, request.height), (128, 128, 128))
         pictures = [Picture(grey, request.seed_of(index), index) for index in range(request.n)]

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.integration.webhooks.receiver import Receiver, receiving, status
 from tests.integration.worker.conftest import Studio
 from worker.inputs import InputSource
-from zcore.errors import InputUnavailable, InvalidRequest, StorageError
+from zcore.errors import GenerationCanceled, InputUnavailable, InvalidRequest, StorageError
 from zcore.imaging.encode import read_parameters
 from zcore.jobs import inputs, queries
 from zcore.jobs.inputs import UploadedPicture
@@ -50,6 +50,10 @@ def asked(**fields: str) -> GenerationRequest:
     return parse_submission(body, GenerationDefaults(), RequestLimits()).request
 
 
+def unhurried() -> None:
+    """Nobody calls the job off."""
+
+
 def uploaded(studio: Studio, content: bytes, owner: str = "anna") -> str:
     """The address of an upload."""
     sha256 = hashlib.sha256(content).hexdigest()
@@ -69,7 +73,7 @@ def painted(studio: Studio) -> UUID:
 def refusal(studio: Studio, address: str, **bounds: float) -> InputUnavailable:
     """How fetching it ends."""
     with pytest.raises(InputUnavailable) as raised:
-        source(studio, **bounds).fetch(asked(image=address), "anna")  # type: ignore[arg-type]
+        source(studio, **bounds).fetch(asked(image=address), "anna", unhurried)  # type: ignore[arg-type]
     return raised.value
 
 
@@ -109,9 +113,9 @@ def test_a_picture_that_an_earlier_job_painted_is_found(studio: Studio) -> None:
 def test_nothing_of_another_owner_is_found(studio: Studio) -> None:
     upload, job_id = uploaded(studio, picture(), owner="ben"), painted(studio)
     assert not refusal(studio, upload).retryable
-    source(studio).fetch(asked(image=upload), "ben")
+    source(studio).fetch(asked(image=upload), "ben", unhurried)
     with pytest.raises(InputUnavailable, match="there is no job"):
-        source(studio).fetch(asked(image=f"output:{job_id}/0"), "ben")
+        source(studio).fetch(asked(image=f"output:{job_id}/0"), "ben", unhurried)
 
 
 def test_a_picture_that_expires_before_the_job_is_painted_ends_it_for_good(studio: Studio) -> None:
@@ -144,12 +148,12 @@ def test_a_store_that_is_down_is_the_stores_fault_and_tried_again(
 
     monkeypatch.setattr(studio.storage, "get", refuse)
     with pytest.raises(StorageError) as raised:
-        source(studio).fetch(asked(image=upload), "anna")
+        source(studio).fetch(asked(image=upload), "anna", unhurried)
     assert raised.value.retryable
 
 
 def test_a_picture_on_the_web_is_fetched(studio: Studio, web: Receiver) -> None:
-    fetched = source(studio).fetch(asked(image=web.url), "anna")
+    fetched = source(studio).fetch(asked(image=web.url), "anna", unhurried)
     assert fetched.pictures.image is not None
     assert fetched.pictures.image.getpixel((0, 0)) == TEAL
     assert fetched.sha256s == {"image": hashlib.sha256(picture()).hexdigest()}
@@ -198,7 +202,7 @@ def test_nobody_there_may_pass(studio: Studio) -> None:
 
 
 def test_a_file_may_have_just_as_many_bytes_as_allowed(studio: Studio, web: Receiver) -> None:
-    source(studio, max_bytes=len(picture())).fetch(asked(image=web.url), "anna")
+    source(studio, max_bytes=len(picture())).fetch(asked(image=web.url), "anna", unhurried)
     fault = refusal(studio, web.url, max_bytes=len(picture()) - 1)
     assert (fault.retryable, f"larger than the {len(picture()) - 1} bytes" in fault.message) == (False, True)
 
@@ -246,8 +250,25 @@ def test_an_answer_that_breaks_off_may_pass(studio: Studio, web: Receiver) -> No
 def test_what_turns_out_to_be_no_picture_is_the_callers_fault(studio: Studio, web: Receiver) -> None:
     web.script(status(200, b"<html>"))
     with pytest.raises(InvalidRequest, match="mask: is not a picture"):
-        source(studio).fetch(asked(image=uploaded(studio, picture()), mask=web.url), "anna")
+        source(studio).fetch(asked(image=uploaded(studio, picture()), mask=web.url), "anna", unhurried)
     job_id = studio.submit(image=web.url)
     studio.work()
     job = studio.look(job_id)
     assert (job.status, job.error_code, job.attempt) == ("failed", "invalid_request", 1)
+
+
+def test_a_job_called_off_does_not_wait_for_a_slow_server(studio: Studio, web: Receiver) -> None:
+    def dribble(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(b".")
+            time.sleep(0.05)
+
+    def called_off() -> None:
+        if web.told:
+            raise GenerationCanceled("the caller wants it no more")
+
+    web.script(dribble)
+    with pytest.raises(GenerationCanceled):
+        source(studio, timeout_s=300).fetch(asked(image=web.url), "anna", called_off)

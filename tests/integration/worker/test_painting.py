@@ -14,12 +14,12 @@ from sqlalchemy import make_url
 
 from tests.integration.broker.cable import cable_to
 from tests.integration.worker.conftest import ShakyStorage, Studio
-from tests.integration.worker.painter import Bell, Painter, Scribe
+from tests.integration.worker.painter import Bell, Painter, Relief, Scribe
 from tests.services.postgres import Postgres
 from tests.waiting import wait_until
-from zcore.errors import InvalidRequest
+from zcore.errors import InvalidRequest, OutOfMemory
 from zcore.imaging.encode import read_parameters
-from zcore.jobs import lifecycle
+from zcore.jobs import lifecycle, queries
 from zcore.jobs.database import Database
 from zcore.request import GenerationRequest
 
@@ -279,6 +279,43 @@ def test_a_crash_now_and_then_is_no_reason_to_leave(studio: Studio) -> None:
     studio.painter.between = crash
     assert studio.work() == 8
     assert not studio.broken.is_set()
+
+
+def test_what_memory_made_the_pipeline_give_up_is_in_the_timeline(studio: Studio) -> None:
+    relieved = [Relief("batch_split", "2 pictures are painted at once instead of 4"), Relief("vae_tiled", "tiles")]
+
+    def overflow(request: GenerationRequest, step: int) -> None:
+        if request.prompt == "too large" and step == 3:
+            raise OutOfMemory("64x64 does not fit")
+
+    painter = Painter(overflow, reliefs={2: list(relieved)})
+    job_id = studio.submit(prompt="too large", steps=5)
+    studio.work(painter=painter)
+    assert studio.look(job_id).error_code == "gpu_out_of_memory"
+    with studio.database.read() as transaction:
+        events = queries.timeline(transaction, job_id).events
+    assert [event.type for event in events] == ["queued", "claimed", "memory_relieved", "memory_relieved", "failed"]
+    assert [event.detail["what"] for event in events[2:4]] == [one.sentence for one in relieved]
+    painter.reliefs = {0: list(relieved)}
+    small = studio.submit(prompt="small")
+    studio.work(painter=painter)
+    assert studio.look(small).status == "succeeded"
+
+
+def test_who_has_lost_its_lease_adds_nothing_to_the_timeline(studio: Studio) -> None:
+    job_id = studio.submit()
+    with studio.database.write() as transaction:
+        claimed = lifecycle.claim(transaction, "first", lease_s=30)
+        assert claimed is not None
+        lost = lifecycle.lease_of(claimed)
+    with studio.database.write() as transaction:
+        assert lifecycle.note(transaction, lost, "memory_relieved", {"what": "tiles"}) is True
+        lifecycle.hand_back(transaction, lost)
+    with studio.database.write() as transaction:
+        assert lifecycle.note(transaction, lost, "memory_relieved", {"what": "tiles"}) is False
+    with studio.database.read() as transaction:
+        events = queries.timeline(transaction, job_id).events
+    assert [event.type for event in events] == ["queued", "claimed", "memory_relieved", "handed_back"]
 
 
 def test_what_no_repeat_can_mend_fails_at_once(studio: Studio) -> None:
