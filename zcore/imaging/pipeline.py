@@ -30,7 +30,7 @@ from zcore.imaging.model.checkpoint import PAINTING, check_layers, encoder_famil
 from zcore.imaging.model.dype import NOTICE, stretches
 from zcore.imaging.model.lora import LoraWeights, ScaledLora, fuse
 from zcore.imaging.model.lora_file import read_file
-from zcore.imaging.model.quantization import Quantization
+from zcore.imaging.model.quantization import Quantization, is_packed
 from zcore.imaging.model.tiling import Tiling
 from zcore.imaging.model.transformer import Plan, VelocityModel
 from zcore.imaging.model.vae import PictureCoder
@@ -91,7 +91,7 @@ class ZImagePipeline:
         self._encoder = encoder
         self._family = encoder_family(folder)
         self._limits = geometry.PlacementLimits.of_checkpoint(folder)
-        network = loader.load_transformer(folder, setup.transformer)
+        network = loader.load_transformer(folder, setup.transformer, setup.files.get("transformer"))
         self._model = VelocityModel(
             network,
             setup.transformer.device,
@@ -101,14 +101,15 @@ class ZImagePipeline:
             setup.transformer.offload,
         )
         fused = [ScaledLora(self.load_lora(path), scale) for path, scale in setup.fused_loras]
-        if setup.transformer.quantization == "none":
-            fuse(network, fused)
+        if is_packed(network):
+            self._model = self._model.adapted(fused)  # nothing can be added to packed weights
         else:
-            # Nothing can be added to packed weights.
-            self._model = self._model.adapted(fused)
-        self._coder = PictureCoder(loader.load_vae(folder, setup.vae), setup.vae.device, setup.vae.dtype)
+            fuse(network, fused)
+        self._coder = PictureCoder(
+            loader.load_vae(folder, setup.vae, setup.files.get("vae")), setup.vae.device, setup.vae.dtype
+        )
         self._description = {
-            **_described(setup, revision(folder, PAINTING)),
+            **_described(setup, revision(folder, PAINTING, setup.files)),
             **{f"lora_fused:{one.weights.name}": f"{one.weights.sha256} at {one.scale}" for one in fused},
             **(encoder.describe() if encoder else {}),
         }
@@ -216,7 +217,9 @@ class ZImagePipeline:
 
         The text encoder's weights are neither read nor need to be there. Parameters are those of `from_pretrained`.
         """
-        folder = locate(str(model_path), PAINTING)
+        given = {"transformer": dit_weights, "vae": vae_weights}
+        files = {name: Path(file) for name, file in given.items() if file is not None}
+        folder = locate(str(model_path), [name for name in PAINTING if name not in files])
         dtype = loader.dtype_of(torch_dtype)
         transformer = loader.transformer_placement(
             loader.device_of(dit_device), dtype, dit_quantization, cpu_offload_unit if cpu_offload else "none"
@@ -236,6 +239,7 @@ class ZImagePipeline:
             compile_mode=compile_mode if compile else None,
             fused_loras=tuple((Path(path), scale) for path, scale in fused_loras),
             tiling=Tiling(tile_size, tile_overlap),
+            files=files,
             batch_size=batch_size,
         )
         return cls(folder, setup, encoder)
@@ -565,6 +569,8 @@ class _Setup:
     compile_mode: str | None
     fused_loras: tuple[tuple[Path, float], ...]
     tiling: Tiling
+    files: dict[str, Path]
+    """The single files in place of components' weights."""
     batch_size: int
 
 

@@ -41,13 +41,14 @@ class PromptEncoder:
         placement: loader.Placement,
         templates: TemplateLibrary,
         cache_bytes: int,
+        file: Path | None = None,
     ) -> None:
         self._templates = templates
         self._placement = placement
         self._tokens = TokenCounter.load(folder)
         self._limit = PlacementLimits.of_checkpoint(folder).caption_tokens
         self._family = encoder_family(folder)
-        self._revision = revision(folder, ENCODING)
+        self._revision = revision(folder, ENCODING, {"text_encoder": file} if file else {})
         self._model = TextEncoder(model, placement.device, placement.offload)
         self._cache = EmbeddingCache(cache_bytes)
 
@@ -71,10 +72,11 @@ class PromptEncoder:
         single file to read instead of the folder's. `hidden_layer` is the one that requests will mostly ask for: a
         checkpoint without it is refused here.
         """
-        folder = locate(str(model_path), ENCODING)
+        file = None if weights is None else Path(weights)
+        folder = locate(str(model_path), [name for name in ENCODING if not (file and name == "text_encoder")])
         placement = loader.Placement(loader.device_of(device), loader.dtype_of(torch_dtype), quantization, offload)
-        model = loader.load_text_encoder(folder, placement)
-        encoder = cls(folder, model, placement, templates or TemplateLibrary.empty(), embedding_cache_bytes)
+        model = loader.load_text_encoder(folder, placement, file)
+        encoder = cls(folder, model, placement, templates or TemplateLibrary.empty(), embedding_cache_bytes, file)
         try:
             encoder._model.depth(hidden_layer)
         except InvalidRequest as fault:

@@ -7,7 +7,7 @@ weight.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -124,18 +124,23 @@ def check_layers(request: GenerationRequest, count: int) -> None:
         raise InvalidRequest(faults)
 
 
-def revision(folder: Path, components: Sequence[str]) -> str:
+def revision(folder: Path, components: Sequence[str], files: Mapping[str, Path] | None = None) -> str:
     """Which weights these are: a SHA-256 over path, size and first MiB of the components' files, 16 hexadecimal digits.
 
-    The first MiB holds a weight file's list of tensors and some of their values, so two trainings differ, and 32 GB
-    need not be read.
+    `files` are single files in the place of components' weights. The first MiB holds a weight file's list of tensors
+    and some of their values, so two trainings differ, and 32 GB need not be read.
     """
-    digest = hashlib.sha256()
-    for path in sorted(path for component in components for path in (folder / component).iterdir()):
-        if path.suffix not in (".json", ".safetensors"):
-            continue
+    digest, single = hashlib.sha256(), files or {}
+    of_folder = (path for component in components for path in (folder / component).iterdir())
+    named = [
+        (path.relative_to(folder).as_posix(), path)
+        for path in sorted(of_folder)
+        if path.suffix == ".json" or (path.suffix == ".safetensors" and path.parent.name not in single)
+    ]
+    named += [(f"{component}: {path.name}", path) for component, path in sorted(single.items())]
+    for name, path in named:
         with path.open("rb") as file:
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
             digest.update(file.read(FINGERPRINT_BYTES))
     return digest.hexdigest()[:16]
 

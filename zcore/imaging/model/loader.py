@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from zcore.errors import CheckpointError
 from zcore.imaging.model.checkpoint import check_layout, read_json
-from zcore.imaging.model.quantization import Quantization, pack, packable, quiet_imports
+from zcore.imaging.model.quantization import Quantization, pack, packable, put, quiet_imports, shape_of
+from zcore.imaging.model.single_file import GGUF_SUFFIX, Component, read_single_file
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -49,8 +51,13 @@ class Networks:
     vae: nn.Module
 
 
-def load_text_encoder(folder: Path, placement: Placement) -> nn.Module:
-    """The language model, without the head that no embedding needs. Raises `CheckpointError`."""
+def load_text_encoder(folder: Path, placement: Placement, file: Path | None = None) -> nn.Module:
+    """The language model, without the head that no embedding needs. Raises `CheckpointError`.
+
+    As all of these, out of a single `file` where there is one, with the folder's configuration.
+    """
+    if file:
+        return _load_file(build_meta(folder).text_encoder, folder, "text_encoder", placement, file)
     with quiet_imports():
         from transformers import Qwen3Model
 
@@ -58,16 +65,20 @@ def load_text_encoder(folder: Path, placement: Placement) -> nn.Module:
     return _load(Qwen3Model, folder, "text_encoder", placement, ignore_mismatched_sizes=True)
 
 
-def load_transformer(folder: Path, placement: Placement) -> nn.Module:
+def load_transformer(folder: Path, placement: Placement, file: Path | None = None) -> nn.Module:
     """The diffusion transformer. Raises `CheckpointError`."""
+    if file:
+        return _load_file(build_meta(folder).transformer, folder, "transformer", placement, file)
     with quiet_imports():
         from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
     return _load(ZImageTransformer2DModel, folder, "transformer", placement)
 
 
-def load_vae(folder: Path, placement: Placement) -> nn.Module:
+def load_vae(folder: Path, placement: Placement, file: Path | None = None) -> nn.Module:
     """The autoencoder between pixels and latents. Raises `CheckpointError`."""
+    if file:
+        return _load_file(build_meta(folder).vae, folder, "vae", placement, file)
     with quiet_imports():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -84,7 +95,8 @@ def build_meta(folder: Path) -> Networks:
     def from_config(network: Any, component: str) -> nn.Module:
         return cast(nn.Module, network.from_config(read_json(folder / component / "config.json")))
 
-    with torch.device("meta"):
+    # Buffers are no weights: they are computed here, and no file has them.
+    with init_empty_weights(include_buffers=False):
         return Networks(
             text_encoder=Qwen3Model(Qwen3Config(**read_json(folder / "text_encoder" / "config.json"))),
             transformer=from_config(ZImageTransformer2DModel, "transformer"),
@@ -160,10 +172,38 @@ def _load(network: Any, model: Path, component: str, placement: Placement, **opt
         names = sorted(str(name) for name in report[fault] if not str(name).startswith("lm_head."))
         if names:
             raise CheckpointError(f"{folder}: {fault.replace('_', ' ')}: {', '.join(names[:3])} ({len(names)} in all)")
-    loaded.eval().requires_grad_(False)
-    for name in packable(loaded):
-        pack(loaded, name, placement.quantization)
-    return cast(nn.Module, loaded.to(placement.rests_on))
+    return _placed(cast(nn.Module, loaded), placement)
+
+
+def _load_file(network: nn.Module, model: Path, component: Component, placement: Placement, file: Path) -> nn.Module:
+    """A network without weights with those of a file, complete. Raises `CheckpointError` naming what it lacks."""
+    check_layout(model, [])
+    if file.suffix == GGUF_SUFFIX and placement.quantization != "none":
+        raise CheckpointError(f"{file} holds packed weights; with it, quantization has to be none")
+    content = read_single_file(file, component, read_json(model / component / "config.json"))
+    wanted = dict(network.named_parameters())
+    content = {name: tensor for name, tensor in content.items() if not name.startswith("lm_head.")}
+    faults = {
+        "missing": wanted.keys() - content.keys(),
+        "unexpected": content.keys() - wanted.keys(),
+        "mismatched": {
+            name for name in wanted.keys() & content.keys() if wanted[name].shape != shape_of(content[name])
+        },
+    }
+    for fault, names in faults.items():
+        if names:
+            listed = ", ".join(sorted(names)[:3])
+            raise CheckpointError(f"{file}: {fault} keys: {listed} ({len(names)} in all)")
+    for name in wanted:
+        put(network, name, content.pop(name), placement.dtype)
+    return _placed(network, placement)
+
+
+def _placed(network: nn.Module, placement: Placement) -> nn.Module:
+    network.eval().requires_grad_(False)
+    for name in packable(network):
+        pack(network, name, placement.quantization)
+    return network.to(placement.rests_on)
 
 
 @contextmanager

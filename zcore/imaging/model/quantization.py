@@ -86,6 +86,41 @@ class Nf4Linear(nn.Module):
         return functional.linear(x, unpack(self.packed, self.scales, NF4_GROUP, "nf4", shape, x.dtype), self.bias)
 
 
+def put(network: nn.Module, name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    """Give a network one of its weights, out of a file: in this dtype, but for blocks of GGUF in a `packable` layer,
+    which stay packed and compute in it.
+    """
+    layer_name, _, own_name = name.rpartition(".")
+    layer = network.get_submodule(layer_name)
+    if not hasattr(weight, "quant_type"):
+        # Copied: what is mapped from a file lies at odd addresses, and changes with the file.
+        setattr(layer, own_name, nn.Parameter(weight.to(dtype, copy=True), requires_grad=False))
+        return
+    with quiet_imports():
+        from diffusers.quantizers.gguf import utils as of_diffusers
+    gguf: Any = of_diffusers
+    if not _PACKABLE.fullmatch(layer_name) or cast(Any, weight).quant_type in gguf.UNQUANTIZED_TYPES:
+        setattr(layer, own_name, nn.Parameter(gguf.dequantize_gguf_tensor(weight).to(dtype), requires_grad=False))
+        return
+    linear = cast(Any, layer)
+    replaced = gguf.GGUFLinear(linear.in_features, linear.out_features, linear.bias is not None, dtype, "meta")
+    replaced.weight, replaced.bias = weight, linear.bias
+    parent, _, child = layer_name.rpartition(".")
+    setattr(network.get_submodule(parent), child, replaced)
+
+
+def shape_of(weight: Tensor) -> torch.Size:
+    """Of the numbers, however they are packed."""
+    return torch.Size(getattr(weight, "quant_shape", weight.shape))
+
+
+def is_packed(network: nn.Module) -> bool:
+    """Whether any weight is other than the numbers themselves."""
+    return any(isinstance(one, Nf4Linear) for one in network.modules()) or not all(
+        is_plain(weight) for weight in network.parameters()
+    )
+
+
 def is_plain(weight: Tensor) -> bool:
     """Whether these are the numbers themselves, to be read and added to. A packed weight says so by its type alone."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
