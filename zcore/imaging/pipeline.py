@@ -593,6 +593,7 @@ def _described(setup: _Setup, model_revision: str) -> dict[str, str]:
         "model_revision": model_revision,
         "device": _hardware(setup.transformer.device),
         "transformer_dtype": loader.spelled(setup.transformer.dtype),
+        "transformer_quantization": setup.transformer.quantization,
         "vae_dtype": loader.spelled(setup.vae.dtype),
         "attention_backend": setup.attention_backend,
         "compiled": setup.compile_mode or "no",

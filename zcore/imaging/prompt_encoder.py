@@ -121,6 +121,7 @@ class PromptEncoder:
         return {
             "encoder_revision": self._revision,
             "encoder_dtype": loader.spelled(self._placement.dtype),
+            "encoder_quantization": self._placement.quantization,
             "encoder_device": self._placement.device.type,
         }
 

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from zcore.errors import InvalidLora
 from zcore.imaging.model.lora_file import FIELD, Kronecker, Lora, LowRank, Shapes
+from zcore.imaging.model.quantization import is_plain
 
 SMALLEST_RANK = 8
 """Ranks are filled with zeros up to this and then to a power of two, so that few compiled forwards serve all."""
@@ -248,7 +249,7 @@ def _with_layers(network: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
 
 
 def _plain_weight(network: nn.Module, layer: str, lora: str) -> Tensor:
-    weight = cast(Tensor, network.get_submodule(layer).weight)
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    weight = getattr(network.get_submodule(layer), "weight", None)
+    if weight is None or not is_plain(weight):
         raise InvalidLora.field(FIELD, f"{lora} needs the numbers of {layer}, which is quantised")
     return weight
