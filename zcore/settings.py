@@ -402,6 +402,11 @@ def setting_origins(
     return origins | dict.fromkeys(sources.given, "flag")
 
 
+def profile_names(environment: Mapping[str, str], file: Path | None = None) -> list[str]:
+    """The profiles of the settings file, in its order. Raises `ConfigurationError` as `load_settings` does."""
+    return list(_read(_path(environment, file)))
+
+
 def overrides_from_arguments(arguments: Sequence[str]) -> dict[str, str]:
     """`server.port=9000 profile=demo` of a command line as overrides. Raises `ConfigurationError` for anything else."""
     overrides: dict[str, str] = {}
@@ -455,7 +460,7 @@ class _Sources:
     @classmethod
     def read(cls, environment: Mapping[str, str], overrides: Mapping[str, Any], file: Path | None) -> "_Sources":
         given = dict(overrides)
-        path = file or Path(environment.get("ZIMAGE_CONFIG") or TREE / "config" / "config.toml")
+        path = _path(environment, file)
         profiles = _read(path)
         profile = str(given.pop("profile", None) or environment.get("ZIMAGE_PROFILE") or "default")
         if profile != "default" and profile not in profiles:
@@ -465,6 +470,10 @@ class _Sources:
             _refuse_unknown(table, f"{path}: [{name}]")
         names = dict.fromkeys(["default", profile])
         return cls(path, profile, tuple((name, profiles.get(name, {})) for name in names), given)
+
+
+def _path(environment: Mapping[str, str], file: Path | None) -> Path:
+    return file or Path(environment.get("ZIMAGE_CONFIG") or TREE / "config" / "config.toml")
 
 
 def _holds(table: Mapping[str, Any], name: str) -> bool:

@@ -9,11 +9,12 @@ from zcore.cli import build_parser
 from zcore.cli.parser import Parser, parse
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
-COMMANDS = ("generate", "encode", "inspect", "templates", "config")
+COMMANDS = ("generate", "encode", "inspect", "templates", "config", "doctor")
 
 
 def command(name: str) -> Parser:
-    parser: Parser = parse(build_parser(), [name, "x"]).parser
+    words = [] if name == "doctor" else ["x"]
+    parser: Parser = parse(build_parser(), [name, *words]).parser
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The command line: `zimage generate | encode | inspect | templates | config`.
+"""The command line: `zimage generate | encode | inspect | templates | config | doctor`.
 
 Takes the arguments of a terminal; gives pictures as files, text on standard output, and an exit status: 0 done, 2 the
 caller's mistake, 1 any other failure, 130 stopped by Ctrl-C. A failure is one line on standard error. Nothing heavy is
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from zcore.cli import config, encode, generate, inspect, templates
+from zcore.cli import config, doctor, encode, generate, inspect, templates
 from zcore.cli.parser import Parser, parse
 from zcore.cli.request_flags import in_flags
 from zcore.errors import CheckpointError, ConfigurationError, InvalidRequest, ZImageError
@@ -26,6 +26,7 @@ Pictures from words, on this machine.
   zimage generate --from output.png                     make it again
   zimage templates --search watercolor                  styles by name
   zimage config --profile demo                          what is set, and where
+  zimage doctor --vram 12                               what fits a card of 12 GB
 
 Without a GPU or a download: `--profile demo` paints with the miniature that ships with the source."""
 
@@ -55,7 +56,7 @@ def build_parser() -> Parser:
     """Every command with its flags."""
     parser = Parser(prog="zimage", description=DESCRIPTION, epilog=EPILOG)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, title="commands")
-    for command in (generate, encode, inspect, templates, config):
+    for command in (generate, encode, inspect, templates, config, doctor):
         command.add_to(commands)
     return parser
 

@@ -4,11 +4,17 @@ Takes `Settings`; gives a whole pipeline, or one of its halves. Loads torch with
 command lines.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zcore.errors import CheckpointError
 from zcore.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
+    from zcore.imaging.model.memory import Component, Part
     from zcore.imaging.pipeline import ZImagePipeline
     from zcore.imaging.prompt_encoder import PromptEncoder
 
@@ -54,6 +60,50 @@ def load_encoder(settings: Settings) -> "PromptEncoder":
         hidden_layer=settings.encoder.hidden_layer,
         embedding_cache_bytes=_cache_bytes(settings),
     )
+
+
+def memory_parts(
+    settings: Settings, folder: Path, device_of: "Callable[[str], torch.device] | None" = None
+) -> "dict[Component, Part]":
+    """How the settings load each network, as `memory.estimate` takes it. `folder` is the checkpoint's.
+
+    `device_of` says which device a setting means, where that is not `loader.device_of`'s to say. Raises
+    `CheckpointError`.
+    """
+    from zcore.imaging.model import loader
+    from zcore.imaging.model.memory import Part
+
+    find = device_of or loader.device_of
+    offload = settings.pytorch.cpu_offload
+    dtype = loader.dtype_of(settings.pipeline.torch_dtype)
+    encoder = loader.Placement(
+        find(settings.encoder.device),
+        loader.dtype_of(settings.encoder.torch_dtype),
+        settings.encoder.quantization,
+        "network" if offload else "none",
+    )
+    transformer = loader.transformer_placement(
+        find(settings.pipeline.device),
+        dtype,
+        settings.pipeline.quantization,
+        settings.pytorch.cpu_offload_unit if offload else "none",
+    )
+    vae = loader.vae_placement(folder, find(settings.pipeline.vae_device or settings.pipeline.device), dtype)
+    return {
+        "text_encoder": Part(encoder),
+        "transformer": Part(transformer, _packed_file_bytes(settings.dit_weights)),
+        "vae": Part(vae),
+    }
+
+
+def _packed_file_bytes(file: Path | None) -> int | None:
+    """Of GGUF, which stays packed; other files are loaded in the arithmetic of the settings."""
+    if file is None or file.suffix != ".gguf":
+        return None
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"pipeline.weights_file: {file} cannot be read: {error.strerror}") from error
 
 
 def _painting(settings: Settings) -> dict[str, Any]:

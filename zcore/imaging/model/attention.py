@@ -57,6 +57,11 @@ def choose_attention(wanted: str, placement: Placement) -> str:
     return wanted
 
 
+def attention_faults(placement: Placement) -> dict[str, str | None]:
+    """Every attention backend, with the reason why it cannot be used with this placement; None where it can be."""
+    return {"sdpa": None, **{name: _kernel_fault(name, placement) for name in KERNELS}}
+
+
 def load_attention(backend: str) -> Attend:
     """The function of a backend that `choose_attention` gave. Raises `CheckpointError` where its package is broken.
 

@@ -41,6 +41,9 @@ PAINTING = ("transformer", "vae", "scheduler")
 
 FINGERPRINT_BYTES = 1024 * 1024
 
+LONGEST_HEADER_BYTES = 100_000_000
+"""As the safetensors library has it."""
+
 
 class _ShardIndex(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
@@ -66,6 +69,21 @@ def locate(model_path: str, components: Sequence[str]) -> Path:
         raise CheckpointError(f"model_path: {model_path} is no folder, nor on the hub: {reason}") from error
 
 
+def locate_here(model_path: str) -> Path | None:
+    """The folder of a checkpoint that is on this machine, or None. Nothing is downloaded."""
+    folder = Path(model_path)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(model_path):
+        return None
+    import huggingface_hub
+
+    try:
+        return Path(cast(Any, huggingface_hub).snapshot_download(model_path, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def check_layout(folder: Path, components: Sequence[str]) -> None:
     """Raise `CheckpointError` for a class that this engine does not run, or a file of these components not there.
 
@@ -87,6 +105,19 @@ def check_layout(folder: Path, components: Sequence[str]) -> None:
     if read_json(config).get("model_type") != "qwen3":
         # transformers fills an empty configuration with its own idea of the network, of eight billion parameters.
         raise CheckpointError(f"{config}: model_type has to be qwen3")
+
+
+def check_whole(folder: Path, components: Sequence[str]) -> None:
+    """As `check_layout`, and every weight file is as long as its header says: a download that was cut off is not.
+
+    No weight is read. Raises `CheckpointError`.
+    """
+    check_layout(folder, components)
+    for component in components:
+        for path in _weight_files(folder / component / WEIGHTS[component]):
+            size, expected = path.stat().st_size, _length_said(path)
+            if size != expected:
+                raise CheckpointError(f"{path} has {size} bytes; its header says {expected}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +211,15 @@ def _weight_files(path: Path) -> list[Path]:
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{index}: {error}") from error
     return sorted({path.with_name(shard) for shard in shards.values()})
+
+
+def _length_said(path: Path) -> int:
+    """Bytes of a safetensors file by its header: eight for the header's length, the header, the last tensor's end."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = msgspec.json.decode(file.read(min(length, LONGEST_HEADER_BYTES)), type=dict[str, dict[str, Any]])
+            ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+        except (msgspec.DecodeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file") from error
+    return 8 + length + max(ends, default=0)
