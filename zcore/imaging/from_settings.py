@@ -74,19 +74,19 @@ def memory_parts(
     from zcore.imaging.model.memory import Part
 
     find = device_of or loader.device_of
-    offload = settings.pytorch.cpu_offload
+    offload = settings.pytorch.cpu_offload_unit if settings.pytorch.cpu_offload else "none"
     dtype = loader.dtype_of(settings.pipeline.torch_dtype)
-    encoder = loader.Placement(
+    encoder = loader.text_encoder_placement(
         find(settings.encoder.device),
         loader.dtype_of(settings.encoder.torch_dtype),
         settings.encoder.quantization,
-        "network" if offload else "none",
+        offload,
     )
     transformer = loader.transformer_placement(
         find(settings.pipeline.device),
         dtype,
         settings.pipeline.quantization,
-        settings.pytorch.cpu_offload_unit if offload else "none",
+        offload,
     )
     vae = loader.vae_placement(folder, find(settings.pipeline.vae_device or settings.pipeline.device), dtype)
     return {

@@ -74,7 +74,9 @@ class PromptEncoder:
         """
         file = None if weights is None else Path(weights)
         folder = locate(str(model_path), [name for name in ENCODING if not (file and name == "text_encoder")])
-        placement = loader.Placement(loader.device_of(device), loader.dtype_of(torch_dtype), quantization, offload)
+        placement = loader.text_encoder_placement(
+            loader.device_of(device), loader.dtype_of(torch_dtype), quantization, offload
+        )
         model = loader.load_text_encoder(folder, placement, file)
         encoder = cls(folder, model, placement, templates or TemplateLibrary.empty(), embedding_cache_bytes, file)
         try:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from tests.unit.imaging.lora_layouts import LAYOUTS
 from zcore.errors import CheckpointError, GenerationCanceled
 from zcore.imaging.inputs import Inputs
-from zcore.imaging.model.loader import Offload, Placement, load_transformer
+from zcore.imaging.model.loader import Offload, Placement, load_text_encoder, load_transformer
 from zcore.imaging.model.lora import changeable
 from zcore.imaging.model.offload import OffloadedNetwork, StreamedBlocks, brought, ready_to_leave
 from zcore.imaging.model.quantization import Quantization, pack, packable
 from zcore.imaging.model.transformer import VelocityModel
 from zcore.imaging.pipeline import Progress, ZImagePipeline
 from zcore.imaging.prompt_encoder import PromptEncoder
+from zcore.imaging.text.encoder import LayerBlend, TextEncoder
 from zcore.request import Dype, GenerationRequest, LoraUse, Pass, SkipLayerGuidance
 
 CPU = torch.device("cpu")
@@ -177,6 +178,17 @@ def test_what_came_leaves_with_the_generation_whatever_ends_it(
     assert len(come) == 2
     assert [one() for one in come] == [None, None]
     assert pictures == painted(tiny_pipeline)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_text_encoder_comes_by_the_same_units(tiny_folder: Path, unit: Offload) -> None:
+    def states(offload: Offload) -> list[Tensor]:
+        model = load_text_encoder(tiny_folder, Placement(CPU, torch.float32))
+        encoder = TextEncoder(model, CPU, offload)
+        return [encoder.encode(range(5, 30), LayerBlend(blend)) for blend in (((-2, 1.0),), ((-4, 0.5), (-1, 0.5)))]
+
+    with torch.inference_mode():
+        assert all(torch.equal(*pair) for pair in zip(states(unit), states("none"), strict=True))
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -281,6 +281,18 @@ def test_loras_go_beside_gguf_and_cannot_be_fused_into_it(demo_folder: Path, tmp
     assert always.generate(request).images[0].image.tobytes() == with_lora.tobytes()
 
 
+@pytest.mark.parametrize("unit", ["network", "block"])
+def test_gguf_rests_and_comes_packed(demo_folder: Path, tmp_path: Path, unit: str) -> None:
+    path = written_gguf(comfy_names(weights_of(demo_folder, "transformer")), "Q4_0", tmp_path / "one.gguf")
+    devices = {"encoder_device": "cpu", "dit_device": "cpu", "vae_device": "cpu", "dit_weights": path}
+    stays = ZImagePipeline.from_pretrained(demo_folder, torch_dtype="float32", **devices)  # type: ignore[arg-type]
+    comes = ZImagePipeline.from_pretrained(
+        demo_folder, torch_dtype="float32", cpu_offload=True, cpu_offload_unit=unit, **devices  # type: ignore[arg-type]
+    )  # fmt: skip
+    request = GenerationRequest(prompt="a red star", width=64, height=64, steps=2, seed=3)
+    assert comes.generate(request).images[0].image.tobytes() == stays.generate(request).images[0].image.tobytes()
+
+
 def test_gguf_is_refused_where_it_cannot_be_read(tiny_folder: Path, demo_folder: Path, tmp_path: Path) -> None:
     path = written_gguf(comfy_names(weights_of(demo_folder, "transformer")), "Q8_0", tmp_path / "one.gguf")
     with pytest.raises(CheckpointError, match="GGUF is read for the transformer alone, not for the vae"):

@@ -136,6 +136,13 @@ def spelled(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def text_encoder_placement(
+    device: torch.device, dtype: torch.dtype, quantization: Quantization = "none", offload: Offload = "none"
+) -> Placement:
+    """On a CPU the weights rest where they compute, and copying them would gain nothing."""
+    return Placement(device, dtype, quantization, "none" if device.type == "cpu" else offload)
+
+
 def transformer_placement(
     device: torch.device, dtype: torch.dtype, quantization: Quantization = "none", offload: Offload = "none"
 ) -> Placement:

@@ -55,8 +55,8 @@ cuBLAS and cuDNN and to fragments between the allocator's blocks. An allowance, 
 for Python with its libraries on a CPU.
 """
 
-_BLOCK = re.compile(r"layers\.(\d+)\.")
-"""Under this name both the transformer and the text encoder have their main blocks."""
+_BLOCK = re.compile(r"layers\.(\d+)\.(?!adaLN_modulation)")
+"""Under this name both the transformer and the text encoder have their main blocks. What modulates stays."""
 
 BLOCKS_AT_ONCE = 2
 """With the unit `block`: the block that computes, and the one on its way."""

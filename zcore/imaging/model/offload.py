@@ -2,8 +2,8 @@
 
 Takes a network and a device; gives another network whose weights are copies there, all at once or a block at a time.
 What came leaves when nobody holds it any more: the weights that rest are only read, so that leaving copies nothing
-back, and a job leaves nothing behind. No layer is patched or hooked. Packed weights come as they are: torchao's,
-bitsandbytes' in four bits, GGUF's. Does not know what the networks compute, prompts and requests.
+back, and a job leaves nothing behind. No layer is patched or hooked. Packed weights come as they are.
+Does not know what the networks compute, prompts and requests.
 
 On a CUDA device a block is copied on a stream of its own while the one before it computes, out of memory that the
 system may not move (page-locked). Elsewhere the same is done one after the other.
@@ -237,20 +237,6 @@ def _weight(tensor: Tensor, change: Change) -> Tensor:
         inner = {str(name): _weight(getattr(packed, name), change) for name in names}
         whole = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
         return nn.Parameter(whole, requires_grad=False)
-    if hasattr(tensor, "quant_state"):  # bitsandbytes' `Params4bit`
-        state = _quant_state(packed.quant_state, change)
-        return kind(change(tensor.data), **{**tensor.__dict__, "quant_state": state})
     if hasattr(tensor, "as_tensor"):  # diffusers' `GGUFParameter`
         return kind(change(packed.as_tensor()), quant_type=packed.quant_type)
     raise CheckpointError(f"cpu_offload: weights of the kind {kind.__name__} cannot be copied to a device")
-
-
-def _quant_state(state: Any, change: Change) -> Any:
-    """How bitsandbytes unpacks a weight, whose scales may be packed themselves."""
-    copied = copy.copy(state)
-    for name in ("absmax", "code", "offset"):
-        if getattr(state, name) is not None:
-            setattr(copied, name, change(getattr(state, name)))
-    if state.state2 is not None:
-        copied.state2 = _quant_state(state.state2, change)
-    return copied

@@ -135,6 +135,7 @@ def quiet_imports() -> Generator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*invalid escape sequence")  # as torchao is compiled, the first time
             yield
     finally:
         for name, level in levels.items():
