@@ -216,3 +216,17 @@ def test_everything_of_a_network_comes_but_the_blocks_that_are_awaited(tiny_fold
 def test_a_compiled_forward_cannot_take_blocks_one_at_a_time(tiny_folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^compile: .* offload by `network`, or do not compile"):
         loaded(tiny_folder, "block", compile=True)
+
+
+@pytest.mark.gpu
+def test_on_a_card_blocks_that_come_on_their_own_stream_give_the_same_picture(demo_folder: Path) -> None:
+    card: dict[str, Any] = {"encoder_device": "cuda", "dit_device": "cuda", "vae_device": "cuda"}
+    request = GenerationRequest(prompt="a red star", width=256, height=256, steps=8, seed=5)
+
+    def picture(**options: Any) -> bytes:
+        pipeline = ZImagePipeline.from_pretrained(demo_folder, torch_dtype="float32", **card, **options)
+        return [pipeline.generate(request).images[0].image.tobytes() for _ in range(3)][-1]
+
+    resident = picture()
+    for unit in UNITS:
+        assert picture(cpu_offload=True, cpu_offload_unit=unit) == resident
