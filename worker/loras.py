@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from zcore.errors import InvalidRequest, did_you_mean
+from zcore.errors import InputUnavailable, InvalidRequest, NotFound, did_you_mean
 from zcore.jobs import loras
 from zcore.jobs.database import Database
 from zcore.storage import Storage
@@ -83,7 +83,14 @@ class RegisteredLoras:
     def find(self, name: str) -> LoraFile | None:
         with self._database.read() as transaction:
             lora = loras.find(transaction, name)
-            return None if lora is None else LoraFile(lora.sha256, partial(self._storage.get, lora.storage_key))
+            return None if lora is None else LoraFile(lora.sha256, partial(self._stored, name, lora.storage_key))
+
+    def _stored(self, name: str, key: str) -> bytes:
+        """Raises `InputUnavailable` for a file that is gone: taken from the library a moment ago, or lost."""
+        try:
+            return self._storage.get(key)
+        except NotFound as fault:
+            raise InputUnavailable("loras", f"the file of `{name}` is not in storage", retryable=True) from fault
 
 
 def _read(path: Path) -> bytes:

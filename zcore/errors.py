@@ -150,7 +150,7 @@ class EmbeddingLost(ZImageError):
 class InputUnavailable(ZImageError):
     """What the request starts from cannot be had: an upload or a picture is gone, or a server does not give it.
 
-    `field` is `image` or `mask`. Each says by itself whether it may be had later.
+    `field` is `image`, `mask` or `loras`. Each says by itself whether it may be had later.
     """
 
     code = "input_unavailable"

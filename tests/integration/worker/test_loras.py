@@ -10,7 +10,7 @@ import pytest
 from tests.integration.worker.conftest import Studio
 from tests.integration.worker.painter import Painter
 from worker.loras import FolderOfLoras, LoraShelf, RegisteredLoras
-from zcore.errors import InvalidRequest
+from zcore.errors import InputUnavailable, InvalidRequest
 from zcore.jobs import loras
 
 
@@ -135,3 +135,15 @@ def test_one_that_cannot_be_read_fails_its_job_and_not_the_worker(studio: Studio
         job = studio.look(job_id)
         assert (job.status, job.attempt, job.error_code) == ("failed", 1, "invalid_request")
         assert complaint in str(job.error_message)
+
+
+def test_a_registered_file_that_is_gone_is_looked_for_again_and_then_named(studio: Studio) -> None:
+    with studio.database.write() as transaction:
+        loras.register(transaction, loras.UploadedLora("dawn", "0a", "MIT", 10))
+    job_id = studio.submit(loras=[{"name": "dawn"}])
+    library = RegisteredLoras(studio.database, studio.storage)
+    studio.work(loras=LoraShelf([library], Loader(), limit_bytes=100))
+    job = studio.look(job_id)
+    assert (job.status, job.attempt, job.error_code) == ("failed", 3, "input_unavailable")
+    with pytest.raises(InputUnavailable, match="loras: the file of `dawn` is not in storage"):
+        LoraShelf([library], Loader(), limit_bytes=100).get("dawn")
