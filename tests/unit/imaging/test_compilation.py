@@ -13,10 +13,14 @@ from tests.unit.imaging.lora_layouts import LAYOUTS
 from tests.unit.imaging.test_forward import LEVELS, noise_of, prompt_of
 from zcore.imaging.geometry import LatentSize
 from zcore.imaging.model.lora import ScaledLora, changeable
+from zcore.imaging.model.quantization import Quantization, pack, packable
 from zcore.imaging.model.transformer import Sample, VelocityModel
 
 # torch's own compiler still uses what torch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.* does not implement _stable_hash_for_caching:UserWarning"),
+]
 
 
 @pytest.fixture
@@ -81,3 +85,23 @@ def test_loras_of_one_kind_share_a_graph_and_those_beyond_the_limit_are_painted_
         agree("LoKr", 0.5)
         agree("kohya", -1.0)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "8bit", "4bit"])
+def test_weights_that_come_for_each_generation_are_the_same_graph(
+    weights: ZImageTransformer2DModel, kind: Quantization
+) -> None:
+    for name in packable(weights):
+        pack(weights, name, kind)
+    torch._dynamo.reset()
+    counters.clear()
+    resting = VelocityModel(weights, torch.device("cpu"), torch.float32, compile_mode="default", offload="network")
+    size, prompt = LatentSize(16, 16), prompt_of(weights, 20)
+    found: list[Tensor] = []
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            brought = resting.brought()
+            found.append(brought.velocity(brought.plan(prompt, size, LEVELS), noise_of(size, 1), 0))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(found[0], found[2])
+    torch._dynamo.reset()

@@ -192,6 +192,22 @@ def test_float8_is_multiplied_by_its_scale(tiny_folder: Path, tmp_path: Path) ->
     assert torch.equal(network.get_parameter(f"{name}.weight"), expected)
 
 
+def test_a_scale_for_each_row_is_that_of_its_row_and_any_other_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    packed = comfy_names(weights_of(tiny_folder, "transformer"))
+    name = "layers.0.feed_forward.w1"
+    rows = packed[f"{name}.weight"].shape[0]
+    scales = torch.arange(1, rows + 1).float()
+    packed[f"{name}.weight"] = torch.ones_like(packed[f"{name}.weight"]).to(torch.float8_e4m3fn)
+    network = load_transformer(
+        tiny_folder, FLOAT32, saved({**packed, f"{name}.weight_scale": scales}, tmp_path / "rows.safetensors")
+    )
+    assert torch.equal(network.get_parameter(f"{name}.weight")[:, 0], scales)
+    with pytest.raises(CheckpointError, match="is neither one scale nor one for each row"):
+        load_transformer(
+            tiny_folder, FLOAT32, saved({**packed, f"{name}.weight_scale": scales[:3]}, tmp_path / "three.safetensors")
+        )
+
+
 def comfy_mark(kind: str) -> Tensor:
     return torch.tensor(list(msgspec.json.encode({"format": kind})), dtype=torch.uint8)
 

@@ -118,7 +118,10 @@ def _unscaled(content: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         weight = f"{name.rpartition('.')[0]}.weight"
         if weight not in content:
             raise CheckpointError(f"{path}: {name} is the scale of no weight")
-        content[weight] = content[weight].float() * content.pop(name).float()
+        numbers, scale = content[weight].float(), content.pop(name).float().flatten()
+        if scale.numel() not in (1, numbers.shape[0]):
+            raise CheckpointError(f"{path}: {name} is neither one scale nor one for each row of {weight}")
+        content[weight] = numbers * scale.view(-1, *(1 for _ in numbers.shape[1:]))
     return content
 
 
