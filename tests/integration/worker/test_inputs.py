@@ -223,14 +223,16 @@ def test_an_answer_without_end_is_cut_off(studio: Studio, web: Receiver) -> None
     assert sent < 50_000_000, "what the sockets hold, and no more"
 
 
-def test_a_server_that_gives_a_byte_now_and_then_is_given_up(studio: Studio, web: Receiver) -> None:
-    def dribble(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.end_headers()
-        while True:
-            handler.wfile.write(b".")
-            time.sleep(0.02)
+def dribble(handler: BaseHTTPRequestHandler) -> None:
+    """A byte now and then, for ever."""
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b".")
+        time.sleep(0.02)
 
+
+def test_a_server_that_gives_a_byte_now_and_then_is_given_up(studio: Studio, web: Receiver) -> None:
     web.script(dribble)
     fault = refusal(studio, web.url, timeout_s=0.3)
     assert (fault.message, fault.retryable) == ("image: the server did not give it within 0.3 s", True)
@@ -258,13 +260,6 @@ def test_what_turns_out_to_be_no_picture_is_the_callers_fault(studio: Studio, we
 
 
 def test_a_job_called_off_does_not_wait_for_a_slow_server(studio: Studio, web: Receiver) -> None:
-    def dribble(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200)
-        handler.end_headers()
-        while True:
-            handler.wfile.write(b".")
-            time.sleep(0.05)
-
     def called_off() -> None:
         if web.told:
             raise GenerationCanceled("the caller wants it no more")
