@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from sqlalchemy.exc import SQLAlchemyError
 
 from worker import embeddings, pictures
 from worker.inputs import FetchedInputs, InputSource
@@ -22,7 +21,6 @@ from worker.pulse import Pulse
 from zcore.errors import EmbeddingLost, InvalidRequest, LeaseLost, NotFound
 from zcore.imaging.encode import encode_image
 from zcore.jobs import lifecycle
-from zcore.jobs.database import Database
 from zcore.jobs.lifecycle import Lease, StoredOutput
 from zcore.jobs.models import Job
 from zcore.request import GenerationRequest
@@ -31,7 +29,6 @@ from zcore.telemetry import bound, log
 
 if TYPE_CHECKING:
     from zcore.imaging.pipeline import GenerationResult, ZImagePipeline
-    from zcore.imaging.relief import Relief
 
 
 @dataclass(frozen=True)
@@ -84,28 +81,27 @@ class Generator(JobLoop):
         is_encoded = job.stage == Stage.GENERATE and job.embedding_attempt is not None
         if not (is_encoded or self._encodes):
             raise EmbeddingLost("the prompt has not been encoded yet")
-        inputs = self._inputs.fetch(request, job.owner, pulse.check)
-        tell = _Tell(self._place.database, lease, pulse)
+        inputs = self._inputs.fetch(request, job.owner, pulse.check, pulse.on_relief)
         if is_encoded:
             assert job.embedding_attempt is not None
             try:
                 key = embeddings.key_of(job.id, job.embedding_attempt)
-                result = self._paint_from(key, request, inputs, tell)
+                result = self._paint_from(key, request, inputs, pulse)
                 return _Painted(job, lease, pulse, request, inputs, result, from_embedding=True)
             except EmbeddingLost as lost:
                 if not self._encodes:
                     raise
                 log.warning("embedding.lost", error=lost.message)
-        result = self._pipeline.generate(request, tell.step, inputs.pictures, tell.relief)
+        result = self._pipeline.generate(request, pulse.on_step, inputs.pictures, pulse.on_relief)
         return _Painted(job, lease, pulse, request, inputs, result, from_embedding=False)
 
     def _paint_from(
-        self, key: str, request: GenerationRequest, inputs: FetchedInputs, tell: "_Tell"
+        self, key: str, request: GenerationRequest, inputs: FetchedInputs, pulse: Pulse
     ) -> "GenerationResult":
         try:
             embedding = self._read_embedding(self._place.storage.get(key))
             given = replace(inputs.pictures, embedding=embedding)
-            return self._pipeline.generate(request, tell.step, given, tell.relief)
+            return self._pipeline.generate(request, pulse.on_step, given, pulse.on_relief)
         except NotFound as fault:
             raise EmbeddingLost("the prompt's embedding is no longer in storage") from fault
         except InvalidRequest as fault:
@@ -132,6 +128,7 @@ class Generator(JobLoop):
         engine = self._engine(painted)
         outputs = [self._put_picture(painted, index, engine, give_up_at) for index in range(len(painted.result.images))]
         metrics = _metrics(painted, upload_ms=milliseconds(time.monotonic() - began))
+        painted.pulse.write_notes()  # afterwards the job has no lease
         with self._place.database.write() as transaction:
             job = lifecycle.complete(transaction, painted.lease, outputs, metrics, engine, self._place.jobs.retention_s)
         if job is None:
@@ -163,24 +160,6 @@ class Generator(JobLoop):
         """What made the pictures: this pipeline, and before it whoever encoded the prompt."""
         encoder = painted.job.engine if painted.from_embedding else {}
         return {**encoder, **painted.result.made_by}
-
-
-class _Tell:
-    """What the pipeline tells of a running job: its steps, and what it gave up where memory did not suffice."""
-
-    def __init__(self, database: Database, lease: Lease, pulse: Pulse) -> None:
-        self._database = database
-        self._lease = lease
-        self.step = pulse.on_step
-
-    def relief(self, relief: "Relief") -> None:
-        """Writes it to the job's timeline; a database that does not take it now does not end the job."""
-        log.warning("memory.relieved", rung=relief.rung, what=relief.sentence)
-        try:
-            with self._database.write() as transaction:
-                lifecycle.note(transaction, self._lease, "memory_relieved", {"what": relief.sentence})
-        except SQLAlchemyError as fault:
-            log.warning("job.not_noted", error=type(fault).__name__)
 
 
 def _metrics(painted: _Painted, upload_ms: int) -> dict[str, Any]:

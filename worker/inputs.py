@@ -8,9 +8,13 @@ know what becomes of the pictures.
 
 import asyncio
 import hashlib
+import threading
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import httpx
 
@@ -25,6 +29,11 @@ from zcore.jobs.database import Database
 from zcore.request import INPUT_FIELDS, INPUT_ID, OUTPUT_OF_JOB, GenerationRequest
 from zcore.settings import WebhooksSettings
 from zcore.storage import Storage
+
+if TYPE_CHECKING:
+    from zcore.imaging.relief import OnRelief
+
+T = TypeVar("T")
 
 HEADERS = {"user-agent": "zimage-inputs/1", "accept": "image/*"}
 TOO_MANY_REQUESTS = 429
@@ -60,8 +69,14 @@ class InputSource:
         self._loras = loras or LoraShelf.empty()
         self._outbound = Outbound()
 
-    def fetch(self, request: GenerationRequest, owner: str, check: Callable[[], None]) -> FetchedInputs:
-        """Everything that the request names, opened.
+    def fetch(
+        self,
+        request: GenerationRequest,
+        owner: str,
+        check: Callable[[], None],
+        on_relief: "OnRelief",
+    ) -> FetchedInputs:
+        """Everything that the request names, opened. `on_relief` is told what is given up where memory runs out.
 
         `check` is called all the while; what it raises ends the wait for a slow server. Raises `InputUnavailable` for
         what cannot be had, `InvalidRequest` for what is no picture, and `StorageError`.
@@ -70,7 +85,7 @@ class InputSource:
         files = {name: self._read(name, address, owner, check) for name, address in named.items()}
         pictures = {name: open_picture(content, name) for name, content in files.items()}
         sha256s = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        loras = {use.name: self._loras.get(use.name) for use in request.loras}
+        loras = {use.name: self._loras.get(use.name, on_relief) for use in request.loras}
         return FetchedInputs(Inputs(pictures.get("image"), pictures.get("mask"), loras=loras), sha256s)
 
     def _read(self, field: str, address: str, owner: str, check: Callable[[], None]) -> bytes:
@@ -120,13 +135,11 @@ class InputSource:
             download.cancel()
 
     async def _download(self, field: str, url: str) -> bytes:
-        target = resolve(url, self._web.allow_private_addresses)
-        async with (
-            asyncio.timeout(self._web.timeout_s),
-            self._outbound.answer("GET", target, HEADERS, self._web.timeout_s) as response,
-        ):
-            _check_status(field, response.status_code)
-            return await self._bounded(field, response)
+        async with asyncio.timeout(self._web.timeout_s):
+            target = await _beside(partial(resolve, url, self._web.allow_private_addresses))
+            async with self._outbound.answer("GET", target, HEADERS, self._web.timeout_s) as response:
+                _check_status(field, response.status_code)
+                return await self._bounded(field, response)
 
     async def _bounded(self, field: str, response: httpx.Response) -> bytes:
         """The body, cut off where it is larger than allowed, whatever its length said before."""
@@ -136,6 +149,26 @@ class InputSource:
             if len(content) > self._max_bytes:
                 raise InputUnavailable(field, f"is larger than the {self._max_bytes} bytes that are taken")
         return bytes(content)
+
+
+async def _beside(work: Callable[[], T]) -> T:
+    """What blocking work gives. Given up, it goes on in a thread that nobody waits for, not even at the end.
+
+    `asyncio.to_thread` would be waited for: a name server that does not answer would hold the job nevertheless.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found = work()
+        except Exception as fault:
+            outcome.set_exception(fault)
+        else:
+            outcome.set_result(found)
+
+    outcome.set_running_or_notify_cancel()
+    threading.Thread(target=run, name="resolve", daemon=True).start()
+    return await asyncio.wrap_future(outcome)
 
 
 def _check_status(field: str, status_code: int) -> None:

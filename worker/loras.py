@@ -20,6 +20,7 @@ from zcore.storage import Storage
 
 if TYPE_CHECKING:
     from zcore.imaging.model.lora import LoraWeights
+    from zcore.imaging.relief import OnRelief
 
 SUFFIX = ".safetensors"
 
@@ -111,7 +112,7 @@ class LoraShelf:
     """Sources in the order in which they are asked, and what was wanted last."""
 
     def __init__(
-        self, sources: Sequence[LoraSource], load: "Callable[[bytes, str], LoraWeights]", limit_bytes: int
+        self, sources: Sequence[LoraSource], load: "Callable[[bytes, str, OnRelief], LoraWeights]", limit_bytes: int
     ) -> None:
         """`load` makes a file's bytes ready under a name, as `ZImagePipeline.load_lora` does."""
         self._sources = sources
@@ -124,20 +125,23 @@ class LoraShelf:
     def empty(cls) -> "LoraShelf":
         """No LoRA at all."""
 
-        def nothing(_content: bytes, name: str) -> "LoraWeights":
+        def nothing(_content: bytes, name: str, _on_relief: "OnRelief") -> "LoraWeights":
             raise AssertionError(f"no source gave {name}")
 
         return cls([], nothing, 0)
 
-    def get(self, name: str) -> "LoraWeights":
-        """A LoRA, ready. Raises `InvalidRequest` for a name that is nowhere, naming near ones, and `InvalidLora`."""
+    def get(self, name: str, on_relief: "OnRelief") -> "LoraWeights":
+        """A LoRA, ready; `on_relief` is told what memory made the pipeline give up for it.
+
+        Raises `InvalidRequest` for a name that is nowhere, naming near ones, and `InvalidLora`.
+        """
         with self._turn:
             file = next((found for source in self._sources if (found := source.find(name))), None)
             kept = self._kept.pop(name, None)
             if file is None:
                 raise InvalidRequest.field("loras", f"there is no LoRA `{name}`{self._near(name)}")
             if kept is None or kept.version != file.version:
-                kept = _Kept(file.version, self._load(file.read(), name))
+                kept = _Kept(file.version, self._load(file.read(), name, on_relief))
             self._kept[name] = kept
             self._make_room()
             return kept.weights

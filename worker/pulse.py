@@ -1,12 +1,14 @@
-"""The life sign of one running job: a thread that renews its lease, writes progress, and brings back the wish to
-cancel.
+"""The life sign of one running job: a thread that renews its lease, writes progress and notes, and brings back the
+wish to cancel.
 
-Takes a lease; gives `on_step`, which the pipeline calls between steps and which raises the `Interruption` that is due.
-The pipeline's thread never waits for the database. Does not end the job: `generate` does.
+Takes a lease; gives `on_step`, which the pipeline calls between steps and which raises the `Interruption` that is due,
+and `on_relief`, which it calls when it gave something up. The pipeline's thread never waits for the database. Does not
+end the job: `generate` does.
 """
 
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,6 +22,7 @@ from zcore.telemetry import log
 
 if TYPE_CHECKING:
     from zcore.imaging.pipeline import Progress
+    from zcore.imaging.relief import Relief
 
 BEATS_PER_LEASE = 3
 
@@ -35,6 +38,8 @@ class Pulse:
         self._interval_s = min(interval_s, lease_s / BEATS_PER_LEASE)
         self._shutdown = shutdown
         self._progress: Progress | None = None
+        self._notes: deque[str] = deque()
+        self._writing_notes = threading.Lock()
         self._canceled = False
         self._lost = False
         self._renewed_at = time.monotonic()
@@ -50,6 +55,11 @@ class Pulse:
         self._progress = progress
         self.check()
 
+    def on_relief(self, relief: "Relief") -> None:
+        """Notes what was given up where memory did not suffice, for the job's timeline."""
+        log.warning("memory.relieved", rung=relief.rung, what=relief.sentence)
+        self._notes.append(relief.sentence)
+
     def check(self) -> None:
         """Raises `LeaseLost`, `GenerationCanceled` or `GenerationHandedBack` when that is due."""
         if self._lost:
@@ -59,14 +69,27 @@ class Pulse:
         if self._shutdown.is_overdue:
             raise GenerationHandedBack("this worker is shutting down")
 
+    def write_notes(self) -> None:
+        """Writes what was noted and is not written yet; what the database does not take now stays noted."""
+        with self._writing_notes:
+            try:
+                while self._notes:
+                    with self._database.write() as transaction:
+                        lifecycle.note(transaction, self._lease, "memory_relieved", {"what": self._notes[0]})
+                    self._notes.popleft()
+            except SQLAlchemyError as fault:
+                log.warning("job.not_noted", job_id=str(self._lease.job_id), error=type(fault).__name__)
+
     def stop(self) -> None:
-        """No more beats. The lease stands until it runs out or the job ends."""
+        """No more beats, but what was noted is written. The lease stands until it runs out or the job ends."""
         self._stopped.set()
         self._thread.join()
+        self.write_notes()
 
     def _beat_on(self) -> None:
         while not self._lost and not self._stopped.wait(self._interval_s):
             self._beat()
+            self.write_notes()
 
     def _beat(self) -> None:
         progress = self._progress

@@ -97,7 +97,8 @@ def _diagnosed(said: argparse.Namespace, settings: Settings, request: Generation
     try:
         parts = memory_parts(settings, folder, machine.device_of)
     except CheckpointError as fault:
-        hint = "" if machine.pretends else "; --vram 24 pretends a card"
+        is_missing = fault.message.startswith("device:") and not machine.pretends
+        hint = "; --vram 24 pretends a card" if is_missing else ""
         raise CheckpointError(f"{fault.message}{hint}") from fault
     found = estimate(networks, parts, painting, machine.memory_bytes)
     return Diagnosis(
@@ -184,8 +185,8 @@ def _profiles(
         return fits
     for name in profile_names(os.environ, said.config):
         settings = load_settings(os.environ, {"profile": name}, said.config)
-        painting = _painting(settings, request, said.prompt_tokens)
         try:
+            painting = _painting(settings, request, said.prompt_tokens)
             parts = memory_parts(settings, folder, machine.device_of)
         except CheckpointError as fault:
             fits.append(ProfileFit(name, 0, fault.message))

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zcore.errors import CheckpointError
+from zcore.imaging.model.checkpoint import GGUF_SUFFIX
 from zcore.settings import Settings
 
 if TYPE_CHECKING:
     import torch
 
-    from zcore.imaging.model.memory import Component, Part
+    from zcore.imaging.model.checkpoint import Component
+    from zcore.imaging.model.loader import Offload
+    from zcore.imaging.model.memory import Part
     from zcore.imaging.pipeline import ZImagePipeline
     from zcore.imaging.prompt_encoder import PromptEncoder
 
@@ -56,6 +58,7 @@ def load_encoder(settings: Settings) -> "PromptEncoder":
         torch_dtype=settings.encoder.torch_dtype,
         device=settings.encoder.device,
         quantization=settings.encoder.quantization,
+        offload=_offload(settings),
         weights=settings.encoder_weights,
         hidden_layer=settings.encoder.hidden_layer,
         embedding_cache_bytes=_cache_bytes(settings),
@@ -74,19 +77,18 @@ def memory_parts(
     from zcore.imaging.model.memory import Part
 
     find = device_of or loader.device_of
-    offload = settings.pytorch.cpu_offload_unit if settings.pytorch.cpu_offload else "none"
     dtype = loader.dtype_of(settings.pipeline.torch_dtype)
     encoder = loader.text_encoder_placement(
         find(settings.encoder.device),
         loader.dtype_of(settings.encoder.torch_dtype),
         settings.encoder.quantization,
-        offload,
+        _offload(settings),
     )
     transformer = loader.transformer_placement(
         find(settings.pipeline.device),
         dtype,
         settings.pipeline.quantization,
-        offload,
+        _offload(settings),
     )
     vae = loader.vae_placement(folder, find(settings.pipeline.vae_device or settings.pipeline.device), dtype)
     return {
@@ -96,14 +98,13 @@ def memory_parts(
     }
 
 
+def _offload(settings: Settings) -> "Offload":
+    return settings.pytorch.cpu_offload_unit if settings.pytorch.cpu_offload else "none"
+
+
 def _packed_file_bytes(file: Path | None) -> int | None:
-    """Of GGUF, which stays packed; other files are loaded in the arithmetic of the settings."""
-    if file is None or file.suffix != ".gguf":
-        return None
-    try:
-        return file.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"pipeline.weights_file: {file} cannot be read: {error.strerror}") from error
+    """Of GGUF, which stays packed; other files, and one that is not there, count in the arithmetic of the settings."""
+    return file.stat().st_size if file is not None and file.suffix == GGUF_SUFFIX and file.is_file() else None
 
 
 def _painting(settings: Settings) -> dict[str, Any]:

@@ -101,9 +101,8 @@ class ZImagePipeline:
             setup.transformer.offload,
         )
         fused = [ScaledLora(self.load_lora(path), scale) for path, scale in setup.fused_loras]
-        if is_packed(network):
-            self._model = self._model.adapted(fused)  # nothing can be added to packed weights
-        else:
+        self._beside = tuple(fused) if is_packed(network) else ()  # nothing can be added to packed weights
+        if not self._beside:
             fuse(network, fused)
         self._coder = PictureCoder(
             loader.load_vae(folder, setup.vae, setup.files.get("vae")), setup.vae.device, setup.vae.dtype
@@ -361,13 +360,16 @@ class ZImagePipeline:
         """A picture of a prompt that was encoded before, here or on another machine. `options` are those of a call."""
         return self(f"embedding {embeddings.prompt_sha256[:16]}", inputs=Inputs(embedding=embeddings), **options)
 
-    def load_lora(self, file: Path | str | bytes, name: str | None = None) -> LoraWeights:
+    def load_lora(
+        self, file: Path | str | bytes, name: str | None = None, on_relief: OnRelief | None = None
+    ) -> LoraWeights:
         """A LoRA made ready for this checkpoint, to be passed with any number of requests; it stays on the device as
-        long as it is kept. `name` is the file's stem where it is not given. Raises `InvalidLora` and `OutOfMemory`.
+        long as it is kept. `name` is the file's stem where it is not given. `on_relief` is told as by `generate`.
+        Raises `InvalidLora` and `OutOfMemory`.
         """
-        if isinstance(file, bytes):
-            return self._loaded(file, name or "lora")
-        return self._loaded(read_file(Path(file)), name or Path(file).stem)
+        content, stem = (file, "lora") if isinstance(file, bytes) else (read_file(Path(file)), Path(file).stem)
+        ladder = Ladder(f"the LoRA {name or stem}", on_relief or _unheard, encoder=self._encoder)
+        return ladder.load(partial(self._model.lora, content, name or stem), self._setup.transformer.device)
 
     def describe(self, request: GenerationRequest | None = None) -> dict[str, str]:
         """What paints these pictures: engine, checkpoint, arithmetic and versions. Names no path and no host.
@@ -387,10 +389,6 @@ class ZImagePipeline:
     def cache_use(self) -> CacheUse:
         """How the embedding cache has served; nothing where there is no text encoder."""
         return self._encoder.cache_use() if self._encoder else CacheUse(0, 0, 0, 0)
-
-    def _loaded(self, lora: bytes, name: str) -> LoraWeights:
-        ladder = Ladder(f"the LoRA {name}", _unheard, encoder=self._encoder)
-        return ladder.load(partial(self._model.lora, lora, name), self._setup.transformer.device)
 
     def _generate(
         self,
@@ -429,7 +427,7 @@ class ZImagePipeline:
         check_layers(request, self._model.layer_count)
         passes = plan(request)
         device = self._setup.transformer.device
-        adapted = ladder.load(partial(self._model.adapted, _scaled(request, inputs)), device)
+        adapted = ladder.load(partial(self._model.adapted, [*self._beside, *_scaled(request, inputs)]), device)
         clock = PhaseClock(self._devices)
         walk = _Walk(on_step, request.n, sum(one.forwards for one in passes))
         on_step(Progress("encode", 0, walk.steps))

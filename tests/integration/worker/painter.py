@@ -101,7 +101,7 @@ class Painter:
         pictures = [Picture(grey, request.seed_of(index), index) for index in range(request.n)]
         return Result(pictures, Metrics() if embedding is None else Metrics(encode_ms=0.0))
 
-    def load_lora(self, _content: bytes, name: str) -> Any:
+    def load_lora(self, _content: bytes, name: str, _on_relief: Any) -> Any:
         """Tests that need LoRAs bring a shelf of their own."""
         raise AssertionError(name)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -54,6 +55,10 @@ def unhurried() -> None:
     """Nobody calls the job off."""
 
 
+def unheard(_relief: object) -> None:
+    """Memory suffices."""
+
+
 def uploaded(studio: Studio, content: bytes, owner: str = "anna") -> str:
     """The address of an upload."""
     sha256 = hashlib.sha256(content).hexdigest()
@@ -73,7 +78,7 @@ def painted(studio: Studio) -> UUID:
 def refusal(studio: Studio, address: str, **bounds: float) -> InputUnavailable:
     """How fetching it ends."""
     with pytest.raises(InputUnavailable) as raised:
-        source(studio, **bounds).fetch(asked(image=address), "anna", unhurried)  # type: ignore[arg-type]
+        source(studio, **bounds).fetch(asked(image=address), "anna", unhurried, unheard)  # type: ignore[arg-type]
     return raised.value
 
 
@@ -113,9 +118,9 @@ def test_a_picture_that_an_earlier_job_painted_is_found(studio: Studio) -> None:
 def test_nothing_of_another_owner_is_found(studio: Studio) -> None:
     upload, job_id = uploaded(studio, picture(), owner="ben"), painted(studio)
     assert not refusal(studio, upload).retryable
-    source(studio).fetch(asked(image=upload), "ben", unhurried)
+    source(studio).fetch(asked(image=upload), "ben", unhurried, unheard)
     with pytest.raises(InputUnavailable, match="there is no job"):
-        source(studio).fetch(asked(image=f"output:{job_id}/0"), "ben", unhurried)
+        source(studio).fetch(asked(image=f"output:{job_id}/0"), "ben", unhurried, unheard)
 
 
 def test_a_picture_that_expires_before_the_job_is_painted_ends_it_for_good(studio: Studio) -> None:
@@ -148,12 +153,12 @@ def test_a_store_that_is_down_is_the_stores_fault_and_tried_again(
 
     monkeypatch.setattr(studio.storage, "get", refuse)
     with pytest.raises(StorageError) as raised:
-        source(studio).fetch(asked(image=upload), "anna", unhurried)
+        source(studio).fetch(asked(image=upload), "anna", unhurried, unheard)
     assert raised.value.retryable
 
 
 def test_a_picture_on_the_web_is_fetched(studio: Studio, web: Receiver) -> None:
-    fetched = source(studio).fetch(asked(image=web.url), "anna", unhurried)
+    fetched = source(studio).fetch(asked(image=web.url), "anna", unhurried, unheard)
     assert fetched.pictures.image is not None
     assert fetched.pictures.image.getpixel((0, 0)) == TEAL
     assert fetched.sha256s == {"image": hashlib.sha256(picture()).hexdigest()}
@@ -202,7 +207,7 @@ def test_nobody_there_may_pass(studio: Studio) -> None:
 
 
 def test_a_file_may_have_just_as_many_bytes_as_allowed(studio: Studio, web: Receiver) -> None:
-    source(studio, max_bytes=len(picture())).fetch(asked(image=web.url), "anna", unhurried)
+    source(studio, max_bytes=len(picture())).fetch(asked(image=web.url), "anna", unhurried, unheard)
     fault = refusal(studio, web.url, max_bytes=len(picture()) - 1)
     assert (fault.retryable, f"larger than the {len(picture()) - 1} bytes" in fault.message) == (False, True)
 
@@ -252,7 +257,7 @@ def test_an_answer_that_breaks_off_may_pass(studio: Studio, web: Receiver) -> No
 def test_what_turns_out_to_be_no_picture_is_the_callers_fault(studio: Studio, web: Receiver) -> None:
     web.script(status(200, b"<html>"))
     with pytest.raises(InvalidRequest, match="mask: is not a picture"):
-        source(studio).fetch(asked(image=uploaded(studio, picture()), mask=web.url), "anna", unhurried)
+        source(studio).fetch(asked(image=uploaded(studio, picture()), mask=web.url), "anna", unhurried, unheard)
     job_id = studio.submit(image=web.url)
     studio.work()
     job = studio.look(job_id)
@@ -266,4 +271,31 @@ def test_a_job_called_off_does_not_wait_for_a_slow_server(studio: Studio, web: R
 
     web.script(dribble)
     with pytest.raises(GenerationCanceled):
-        source(studio, timeout_s=300).fetch(asked(image=web.url), "anna", called_off)
+        source(studio, timeout_s=300).fetch(asked(image=web.url), "anna", called_off, unheard)
+
+
+@pytest.fixture
+def silent_name_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Asked for any name it does not answer; set once it is asked."""
+    asked_for, over = threading.Event(), threading.Event()
+
+    def look_up(*_arguments: object, **_options: object) -> list[object]:
+        asked_for.set()
+        over.wait(60)
+        raise OSError("no answer")
+
+    monkeypatch.setattr("worker.addresses.socket.getaddrinfo", look_up)
+    yield asked_for
+    over.set()
+
+
+def test_a_name_server_that_does_not_answer_holds_nobody(studio: Studio, silent_name_server: threading.Event) -> None:
+    def called_off() -> None:
+        if silent_name_server.is_set():
+            raise GenerationCanceled("the caller wants it no more")
+
+    request = asked(image="https://pictures.example/a.png")
+    with pytest.raises(GenerationCanceled):
+        source(studio, timeout_s=300).fetch(request, "anna", called_off, unheard)
+    with pytest.raises(InputUnavailable, match=r"did not give it within 0\.2 s"):
+        source(studio, timeout_s=0.2).fetch(request, "anna", unhurried, unheard)

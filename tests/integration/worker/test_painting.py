@@ -300,6 +300,9 @@ def test_what_memory_made_the_pipeline_give_up_is_in_the_timeline(studio: Studio
     small = studio.submit(prompt="small")
     studio.work(painter=painter)
     assert studio.look(small).status == "succeeded"
+    with studio.database.read() as transaction:
+        events = queries.timeline(transaction, small).events
+    assert [event.type for event in events] == ["queued", "claimed", "memory_relieved", "memory_relieved", "succeeded"]
 
 
 def test_who_has_lost_its_lease_adds_nothing_to_the_timeline(studio: Studio) -> None:

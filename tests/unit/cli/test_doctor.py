@@ -148,3 +148,28 @@ def test_what_cannot_be_told_is_one_line_and_status_2(
     assert (ended.status, ended.out) == (2, "")
     assert message in ended.err
     assert ended.err.count("\n") == 1
+
+
+def test_a_packed_file_that_is_not_there_is_said_among_what_was_checked(doctor: Any, tmp_path: Path) -> None:
+    status, told = doctor("--vram", "80", "--dit-weights", str(tmp_path / "gone.gguf"))
+    assert status == 0
+    faults = {one["name"]: one["fault"] for one in told["checked"]}
+    assert faults["transformer, single file"] == "No such file or directory"
+
+
+def test_only_a_missing_card_is_answered_with_a_pretended_one(zimage: Terminal, layout_dir: Path) -> None:
+    ask = ("doctor", "--model-path", str(layout_dir))
+    assert zimage(*ask, "--dit-device", "cuda").err.rstrip().endswith("--vram 24 pretends a card")
+    refused = zimage(*ask, "--dit-device", "cpu", "--encoder-device", "cpu", "--dtype", "float16")
+    assert "float16" in refused.err
+    assert "pretends" not in refused.err
+
+
+def test_a_profile_that_cannot_be_loaded_does_not_end_the_report(doctor: Any, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("[default]\n[bad.pytorch]\ntile_size = 128\ntile_overlap = 96\n")
+    status, told = doctor("--config", str(config), "--vram", "80")
+    assert status == 0
+    faults = {one["name"]: one["fault"] for one in told["profiles"]}
+    assert "96 px is more than half of tile_size" in faults["bad"]
+    assert faults["default"] is None

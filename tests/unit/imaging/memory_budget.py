@@ -23,6 +23,11 @@ class MemoryBudget(TorchDispatchMode):
         self._alive: dict[int, int] = {}
         self.peak_bytes = 0
 
+    @property
+    def alive_bytes(self) -> int:
+        """What was made inside and is still held by anybody."""
+        return sum(self._alive.values())
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
@@ -43,7 +48,7 @@ class MemoryBudget(TorchDispatchMode):
             return
         self._alive[key] = storage.nbytes()
         weakref.finalize(storage, self._alive.pop, key, None)
-        alive = sum(self._alive.values())
+        alive = self.alive_bytes
         if alive > self._budget_bytes:
             raise torch.OutOfMemoryError(f"the budget is {self._budget_bytes:.0f} bytes, and {alive} are wanted")
         self.peak_bytes = max(self.peak_bytes, alive)

@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.unit.imaging.lora_layouts import LAYOUTS, Written
 from tests.unit.imaging.test_forward import LEVELS, by_diffusers, noise_of
 from zcore.imaging.geometry import LatentSize
-from zcore.imaging.model.lora import LoraWeights, ScaledLora, changeable, fuse
+from zcore.imaging.model.lora import LoraWeights, ScaledLora, adapted, bind, changeable, fuse
+from zcore.imaging.model.lora_file import Lora, LoraLayer, LowRank
 from zcore.imaging.model.transformer import VelocityModel
 
 CPU = torch.device("cpu")
@@ -170,3 +171,12 @@ def test_the_shipped_loras_are_read_whole(demo_folder: Path, style: str) -> None
     assert len(lora.layers) == 42
     assert lora.name == style
     assert 300_000 < lora.size_bytes < 400_000
+
+
+def test_a_dora_over_a_layer_with_a_bias_is_where_the_lora_is_though_the_layer_rests_elsewhere() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=True)).requires_grad_(False)
+    change = LowRank(down=torch.ones(2, 6), up=torch.ones(4, 2), factor=1.0)
+    elsewhere = torch.device("meta")
+    lora = bind(Lora("0" * 64, {"0": LoraLayer(change, torch.ones(4))}), "style", network, elsewhere)
+    gain = adapted(network, [ScaledLora(lora, 1.0)], torch.float32)[0]._gain
+    assert (gain.factor.device, gain.shift.device) == (elsewhere, elsewhere)

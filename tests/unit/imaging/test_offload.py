@@ -3,21 +3,27 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+from gguf import GGMLQuantizationType
 from PIL import Image
 from torch import Tensor, nn
 
 from tests.unit.imaging.lora_layouts import LAYOUTS
-from zcore.errors import CheckpointError, GenerationCanceled
+from tests.unit.imaging.memory_budget import MemoryBudget
+from zcore.errors import CheckpointError, GenerationCanceled, OutOfMemory
 from zcore.imaging.inputs import Inputs
+from zcore.imaging.model import loader
 from zcore.imaging.model.loader import Offload, Placement, load_text_encoder, load_transformer
 from zcore.imaging.model.lora import changeable
-from zcore.imaging.model.offload import OffloadedNetwork, StreamedBlocks, brought, ready_to_leave
+from zcore.imaging.model.offload import OffloadedNetwork, StreamedBlocks, _PageLocked, brought, moved, ready_to_leave
 from zcore.imaging.model.quantization import Quantization, pack, packable
 from zcore.imaging.model.transformer import VelocityModel
 from zcore.imaging.pipeline import Progress, ZImagePipeline
@@ -92,6 +98,12 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nothing would be offloaded; here its copies show what a card's would."""
+    monkeypatch.setattr(loader, "useful_offload", lambda _device, offload: offload)
+
+
 def loaded(folder: Path, unit: Offload, **options: Any) -> ZImagePipeline:
     given = {} if unit == "none" else {"cpu_offload": True, "cpu_offload_unit": unit}
     devices = {"encoder_device": "cpu", "dit_device": "cpu", "vae_device": "cpu"}
@@ -103,6 +115,7 @@ def painted(pipeline: ZImagePipeline, inputs: Inputs | None = None, **fields: An
     return [one.image.tobytes() for one in pipeline.generate(request, inputs=inputs).images]
 
 
+@pytest.mark.usefixtures("as_on_a_card")
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 @pytest.mark.parametrize("unit", UNITS)
 def test_pictures_are_those_of_weights_that_stay(
@@ -113,6 +126,7 @@ def test_pictures_are_those_of_weights_that_stay(
     assert painted(loaded(tiny_folder, unit), inputs, **fields) == painted(tiny_pipeline, inputs, **fields)
 
 
+@pytest.mark.usefixtures("as_on_a_card")
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("layout", ["diffusers", "dora"])
 def test_loras_come_beside_what_comes_and_leave_nothing(
@@ -153,6 +167,16 @@ def test_at_most_two_blocks_are_there_in_whatever_order_they_are_asked_for(tiny_
     assert most == 2
 
 
+def test_not_even_while_one_comes_are_there_more_than_two(tiny_folder: Path) -> None:
+    resting = load_transformer(tiny_folder, Placement(CPU, torch.float32)).layers
+    blocks = StreamedBlocks(resting, CPU)
+    with MemoryBudget(float("inf")) as came:
+        for index in (0, 1, 2, 3, 0, 2, 1, 3, 3, 2):
+            blocks[index]
+    assert came.peak_bytes == 2 * sum(tensor.nbytes for tensor in tensors_of(resting[0]))
+
+
+@pytest.mark.usefixtures("as_on_a_card")
 def test_what_came_leaves_with_the_generation_whatever_ends_it(
     tiny_folder: Path, tiny_pipeline: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +205,65 @@ def test_what_came_leaves_with_the_generation_whatever_ends_it(
 
 
 @pytest.mark.parametrize("unit", UNITS)
+def test_memory_that_runs_out_at_any_time_leaves_nothing_behind(
+    tiny_folder: Path, tiny_pipeline: ZImagePipeline, unit: Offload
+) -> None:
+    """Of weights that rest the copies count, as on a card."""
+    pipeline, expected = loaded(tiny_folder, unit), painted(tiny_pipeline)
+    with MemoryBudget(float("inf")) as whole:
+        painted(pipeline)
+    gc.collect()
+    assert whole.alive_bytes == 0
+    ended: set[str] = set()
+    for share in (0.1, 0.4, 0.6, 0.8, 0.9):
+        told: list[Progress] = []
+        request = GenerationRequest(prompt="a fox", width=64, height=96, steps=3, seed=5)
+        with pytest.raises(OutOfMemory), MemoryBudget(whole.peak_bytes * share) as short:
+            pipeline.generate(request, told.append)
+        gc.collect()
+        assert short.alive_bytes == 0
+        ended.add(told[-1].phase)
+        assert painted(pipeline) == expected
+    assert len(ended) > 1
+
+
+def test_no_weight_comes_twice(tiny_folder: Path) -> None:
+    network = load_transformer(tiny_folder, Placement(CPU, torch.float32))
+    whole = sum(tensor.nbytes for tensor in tensors_of(network))
+    model = VelocityModel(network, CPU, torch.float32, offload="network")
+    with MemoryBudget(float("inf")) as came:
+        model.brought()
+    assert came.peak_bytes == whole
+
+
+def test_weights_rest_side_by_side_in_pieces_of_locked_memory() -> None:
+    """Only where they lie is looked at here: locking needs a card."""
+    tensors = [
+        torch.randn(3, 5), torch.tensor(2.5), torch.arange(7, dtype=torch.int8), torch.randn(100, 9).bfloat16(),
+        torch.randn(4, 6).t(), torch.randn(0, 4), torch.randn(2, 2, dtype=torch.float64),
+    ]  # fmt: skip
+    piece = _PageLocked(piece_bytes=1024, locked=False)
+    copies = [piece.copy_of(tensor) for tensor in tensors]
+    assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(copies, tensors, strict=True))
+    places = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in copies if one.nbytes)
+    assert all(end <= start for (_, end), (start, _) in pairwise(places))
+    assert len({one.untyped_storage().data_ptr() for one in copies if one.nbytes}) == 3
+
+
+def test_gguf_comes_packed() -> None:
+    numbers = gguf.quantize(torch.randn(4, 32).numpy(), GGMLQuantizationType.Q8_0)
+    packed = GGUFParameter(torch.tensor(numbers), quant_type=GGMLQuantizationType.Q8_0)
+    layer = GGUFLinear(32, 4, compute_dtype=torch.float32)
+    layer.weight = packed
+    came: Any = moved(layer, CPU)
+    assert came.weight.data_ptr() != packed.data_ptr()
+    assert came.weight.quant_type == GGMLQuantizationType.Q8_0
+    x = torch.randn(2, 32)
+    assert torch.equal(came(x), layer(x))
+    assert places_of(moved(layer, ELSEWHERE)) == {"meta"}
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_the_text_encoder_comes_by_the_same_units(tiny_folder: Path, unit: Offload) -> None:
     def states(offload: Offload) -> list[Tensor]:
         model = load_text_encoder(tiny_folder, Placement(CPU, torch.float32))
@@ -191,6 +274,7 @@ def test_the_text_encoder_comes_by_the_same_units(tiny_folder: Path, unit: Offlo
         assert all(torch.equal(*pair) for pair in zip(states(unit), states("none"), strict=True))
 
 
+@pytest.mark.usefixtures("as_on_a_card")
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("kind", ["8bit", "fp8", "4bit"])
 def test_packed_weights_come_as_they_are(tiny_folder: Path, unit: Offload, kind: Quantization) -> None:
@@ -213,9 +297,22 @@ def test_everything_of_a_network_comes_but_the_blocks_that_are_awaited(tiny_fold
     assert places_of(resting) == {"cpu"}
 
 
+@pytest.mark.usefixtures("as_on_a_card")
 def test_a_compiled_forward_cannot_take_blocks_one_at_a_time(tiny_folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^compile: .* offload by `network`, or do not compile"):
         loaded(tiny_folder, "block", compile=True)
+
+
+def test_on_a_cpu_weights_rest_where_they_compute(tiny_folder: Path) -> None:
+    pipeline = loaded(tiny_folder, "network")
+    assert pipeline._model.brought() is pipeline._model
+
+
+def test_where_the_system_locks_no_memory_weights_rest_in_ordinary_memory() -> None:
+    keep = _PageLocked(piece_bytes=64)
+    tensors = [torch.arange(5.0), torch.arange(40, dtype=torch.uint8), torch.tensor(3, dtype=torch.bfloat16)]
+    kept = [keep.copy_of(one) for one in tensors]
+    assert all(torch.equal(*pair) for pair in zip(kept, tensors, strict=True))
 
 
 @pytest.mark.gpu

@@ -171,3 +171,24 @@ def test_the_text_encoder_leaves_last_and_only_the_device_that_is_full() -> None
     with pytest.raises(OutOfMemory, match=r"though .*; the text encoder has left cuda: 3 GiB"):
         ladder.paint(overflow, 2, torch.device("cuda"))
     assert rungs == ["batch_split", "encoder_rested"]
+
+
+def test_what_is_given_up_for_a_lora_is_told(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = loaded(demo_folder)
+    encoder: Any = Encoder()
+    monkeypatch.setattr(encoder, "device", CPU, raising=False)
+    monkeypatch.setattr(pipeline, "_encoder", encoder)
+    bind, tried = pipeline._model.lora, list[str]()
+
+    def full_at_first(content: bytes, name: str) -> Any:
+        tried.append(name)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("3 GiB")
+        return bind(content, name)
+
+    monkeypatch.setattr(pipeline._model, "lora", full_at_first)
+    rungs: list[str] = []
+    pipeline.load_lora(
+        demo_folder.parent / "loras" / "demo-night.safetensors", on_relief=lambda relief: rungs.append(relief.rung)
+    )
+    assert (rungs, len(tried)) == (["encoder_rested"], 2)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zcore.errors import CheckpointError
 from zcore.imaging.geometry import LatentSize
 from zcore.imaging.inputs import Inputs
+from zcore.imaging.model import loader
 from zcore.imaging.model.checkpoint import PAINTING, read_json, revision
 from zcore.imaging.model.loader import Placement, build_meta, load_text_encoder, load_transformer, load_vae
 from zcore.imaging.model.quantization import is_packed
@@ -164,12 +165,10 @@ def test_a_picture_from_files_is_that_of_the_folder_and_the_files_can_be_told_ap
         place = bare / config.relative_to(tiny_folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(config.read_bytes())
-    devices = {"encoder_device": "cpu", "dit_device": "cpu", "vae_device": "cpu"}
-    files = {"encoder_weights": path, "dit_weights": path, "vae_weights": path}
+    devices: dict[str, Any] = {"encoder_device": "cpu", "dit_device": "cpu", "vae_device": "cpu"}
+    files: dict[str, Any] = {"encoder_weights": path, "dit_weights": path, "vae_weights": path}
     templates = Path(__file__).resolve().parents[3] / "templates" / "z_image"
-    pipeline = ZImagePipeline.from_pretrained(
-        bare, torch_dtype="float32", templates_dir=templates, **devices, **files  # type: ignore[arg-type]
-    )  # fmt: skip
+    pipeline = ZImagePipeline.from_pretrained(bare, torch_dtype="float32", templates_dir=templates, **devices, **files)
     request = GenerationRequest(prompt="a fox", width=64, height=64, steps=2, seed=3)
     assert pipeline.generate(request).images[0].image.tobytes() == (
         tiny_pipeline.generate(request).images[0].image.tobytes()
@@ -219,6 +218,9 @@ def test_comfys_own_mark_of_float8_is_understood_and_any_other_refused(tiny_fold
     marked["layers.0.feed_forward.w1.comfy_quant"] = comfy_mark("nvfp4")
     with pytest.raises(CheckpointError, match=r"w1\.comfy_quant says nvfp4; of packed weights only float8 is read"):
         load_transformer(tiny_folder, FLOAT32, saved(marked, tmp_path / "nvfp4.safetensors"))
+    marked["layers.0.feed_forward.w1.comfy_quant"] = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=r"w1\.comfy_quant says nothing that can be read"):
+        load_transformer(tiny_folder, FLOAT32, saved(marked, tmp_path / "unread.safetensors"))
     alone = {**plain, "layers.9.scale_weight": torch.ones(1)}
     with pytest.raises(CheckpointError, match=r"layers\.9\.scale_weight is the scale of no weight"):
         load_transformer(tiny_folder, FLOAT32, saved(alone, tmp_path / "alone.safetensors"))
@@ -234,6 +236,9 @@ def test_what_is_not_whole_is_refused_by_name(tiny_folder: Path, tmp_path: Path)
         load_transformer(tiny_folder, FLOAT32, saved({**plain, "extra.weight": torch.ones(1)}, path))
     with pytest.raises(CheckpointError, match=r"mismatched keys: x_pad_token"):
         load_transformer(tiny_folder, FLOAT32, saved({**plain, "x_pad_token": torch.ones(1, 5)}, path))
+    for load in LOADERS.values():
+        with pytest.raises(CheckpointError, match=r"model_index\.json cannot be read"):
+            load(tmp_path, FLOAT32, path)
     path.write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match=r"one\.safetensors cannot be read"):
         load_transformer(tiny_folder, FLOAT32, path)
@@ -275,7 +280,8 @@ def test_gguf_stays_packed_and_computes_nearly_the_same(demo_folder: Path, tmp_p
     plain, packed = load_transformer(demo_folder, FLOAT32), load_transformer(demo_folder, FLOAT32, path)
     assert is_packed(packed)
     assert not is_packed(plain)
-    assert packed.get_parameter("layers.0.attention.to_q.weight").quant_type.name == kind  # type: ignore[attr-defined]
+    weight: Any = packed.get_parameter("layers.0.attention.to_q.weight")
+    assert weight.quant_type.name == kind
     true = velocity(plain)
     error = float((velocity(packed) - true).norm() / true.norm())
     assert 0 < error < GGUF_ERROR[kind]
@@ -284,11 +290,9 @@ def test_gguf_stays_packed_and_computes_nearly_the_same(demo_folder: Path, tmp_p
 def test_loras_go_beside_gguf_and_cannot_be_fused_into_it(demo_folder: Path, tmp_path: Path) -> None:
     path = written_gguf(comfy_names(weights_of(demo_folder, "transformer")), "Q8_0", tmp_path / "one.gguf")
     lora = demo_folder.parent / "loras" / "demo-night.safetensors"
-    devices = {"encoder_device": "cpu", "dit_device": "cpu", "vae_device": "cpu", "dit_weights": path}
-    pipeline = ZImagePipeline.from_pretrained(demo_folder, torch_dtype="float32", **devices)  # type: ignore[arg-type]
-    always = ZImagePipeline.from_pretrained(
-        demo_folder, torch_dtype="float32", fused_loras=[(lora, 1.0)], **devices  # type: ignore[arg-type]
-    )  # fmt: skip
+    devices: dict[str, Any] = {"encoder_device": "cpu", "dit_device": "cpu", "vae_device": "cpu", "dit_weights": path}
+    pipeline = ZImagePipeline.from_pretrained(demo_folder, torch_dtype="float32", **devices)
+    always = ZImagePipeline.from_pretrained(demo_folder, torch_dtype="float32", fused_loras=[(lora, 1.0)], **devices)
     request = GenerationRequest(prompt="a red star", width=64, height=64, steps=2, seed=3)
     plain = pipeline.generate(request).images[0].image
     asked = GenerationRequest(**{**msgspec.structs.asdict(request), "loras": (LoraUse(name="night", scale=1.0),)})
@@ -296,15 +300,26 @@ def test_loras_go_beside_gguf_and_cannot_be_fused_into_it(demo_folder: Path, tmp
     assert with_lora.tobytes() != plain.tobytes()
     assert always.generate(request).images[0].image.tobytes() == with_lora.tobytes()
 
+    def twice(painter: ZImagePipeline, *, scale: float) -> bytes:
+        inputs = Inputs(loras={"night": painter.load_lora(lora)})
+        wanted = msgspec.structs.replace(asked, loras=(LoraUse(name="night", scale=scale),))
+        return painter.generate(wanted, inputs=inputs).images[0].image.tobytes()
+
+    undone = np.frombuffer(twice(always, scale=-1.0), np.uint8).astype(int)
+    assert np.abs(undone - np.frombuffer(plain.tobytes(), np.uint8)).max() <= 1, "the request's own acts beside it"
+
 
 @pytest.mark.parametrize("unit", ["network", "block"])
-def test_gguf_rests_and_comes_packed(demo_folder: Path, tmp_path: Path, unit: str) -> None:
+def test_gguf_rests_and_comes_packed(
+    demo_folder: Path, tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "useful_offload", lambda _device, offload: offload)
     path = written_gguf(comfy_names(weights_of(demo_folder, "transformer")), "Q4_0", tmp_path / "one.gguf")
-    devices = {"encoder_device": "cpu", "dit_device": "cpu", "vae_device": "cpu", "dit_weights": path}
-    stays = ZImagePipeline.from_pretrained(demo_folder, torch_dtype="float32", **devices)  # type: ignore[arg-type]
+    devices: dict[str, Any] = {"encoder_device": "cpu", "dit_device": "cpu", "vae_device": "cpu", "dit_weights": path}
+    stays = ZImagePipeline.from_pretrained(demo_folder, torch_dtype="float32", **devices)
     comes = ZImagePipeline.from_pretrained(
-        demo_folder, torch_dtype="float32", cpu_offload=True, cpu_offload_unit=unit, **devices  # type: ignore[arg-type]
-    )  # fmt: skip
+        demo_folder, torch_dtype="float32", cpu_offload=True, cpu_offload_unit=unit, **devices
+    )
     request = GenerationRequest(prompt="a red star", width=64, height=64, steps=2, seed=3)
     assert comes.generate(request).images[0].image.tobytes() == stays.generate(request).images[0].image.tobytes()
 

@@ -10,12 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 
 from zcore.errors import CheckpointError, FieldError, InvalidRequest
 from zcore.request import GenerationRequest, said_everywhere
+
+Component = Literal["text_encoder", "transformer", "vae"]
+"""The parts of a checkpoint that have weights."""
+
+GGUF_SUFFIX = ".gguf"
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CLASSES = {

@@ -16,9 +16,9 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from zcore.errors import CheckpointError
-from zcore.imaging.model.checkpoint import check_layout, read_json
+from zcore.imaging.model.checkpoint import GGUF_SUFFIX, Component, check_layout, read_json
 from zcore.imaging.model.quantization import Quantization, pack, packable, put, quiet_imports, shape_of
-from zcore.imaging.model.single_file import GGUF_SUFFIX, Component, read_single_file
+from zcore.imaging.model.single_file import read_single_file
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -57,7 +57,7 @@ def load_text_encoder(folder: Path, placement: Placement, file: Path | None = No
     As all of these, out of a single `file` where there is one, with the folder's configuration.
     """
     if file:
-        return _load_file(build_meta(folder).text_encoder, folder, "text_encoder", placement, file)
+        return _load_file(folder, "text_encoder", placement, file)
     with quiet_imports():
         from transformers import Qwen3Model
 
@@ -68,7 +68,7 @@ def load_text_encoder(folder: Path, placement: Placement, file: Path | None = No
 def load_transformer(folder: Path, placement: Placement, file: Path | None = None) -> nn.Module:
     """The diffusion transformer. Raises `CheckpointError`."""
     if file:
-        return _load_file(build_meta(folder).transformer, folder, "transformer", placement, file)
+        return _load_file(folder, "transformer", placement, file)
     with quiet_imports():
         from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
@@ -78,7 +78,7 @@ def load_transformer(folder: Path, placement: Placement, file: Path | None = Non
 def load_vae(folder: Path, placement: Placement, file: Path | None = None) -> nn.Module:
     """The autoencoder between pixels and latents. Raises `CheckpointError`."""
     if file:
-        return _load_file(build_meta(folder).vae, folder, "vae", placement, file)
+        return _load_file(folder, "vae", placement, file)
     with quiet_imports():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -87,21 +87,11 @@ def load_vae(folder: Path, placement: Placement, file: Path | None = None) -> nn
 
 def build_meta(folder: Path) -> Networks:
     """All networks by their configurations alone, on the meta device: names and shapes without weights."""
-    with quiet_imports():
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-        from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
-        from transformers import Qwen3Config, Qwen3Model
-
-    def from_config(network: Any, component: str) -> nn.Module:
-        return cast(nn.Module, network.from_config(read_json(folder / component / "config.json")))
-
-    # Buffers are no weights: they are computed here, and no file has them.
-    with init_empty_weights(include_buffers=False):
-        return Networks(
-            text_encoder=Qwen3Model(Qwen3Config(**read_json(folder / "text_encoder" / "config.json"))),
-            transformer=from_config(ZImageTransformer2DModel, "transformer"),
-            vae=from_config(AutoencoderKL, "vae"),
-        )
+    return Networks(
+        text_encoder=_without_weights(folder, "text_encoder"),
+        transformer=_without_weights(folder, "transformer"),
+        vae=_without_weights(folder, "vae"),
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -139,8 +129,8 @@ def spelled(dtype: torch.dtype) -> str:
 def text_encoder_placement(
     device: torch.device, dtype: torch.dtype, quantization: Quantization = "none", offload: Offload = "none"
 ) -> Placement:
-    """On a CPU the weights rest where they compute, and copying them would gain nothing."""
-    return Placement(device, dtype, quantization, "none" if device.type == "cpu" else offload)
+    """As it is asked for, but that on a CPU nothing is offloaded."""
+    return Placement(device, dtype, quantization, useful_offload(device, offload))
 
 
 def transformer_placement(
@@ -149,7 +139,12 @@ def transformer_placement(
     """Float16 is refused: the published weights overflow it and paint black (Tongyi-MAI/Z-Image, issue 14)."""
     if dtype == torch.float16:
         raise CheckpointError("torch_dtype: float16 makes the transformer paint black; use bfloat16 or float32")
-    return Placement(device, dtype, quantization, offload)
+    return Placement(device, dtype, quantization, useful_offload(device, offload))
+
+
+def useful_offload(device: torch.device, offload: Offload) -> Offload:
+    """On a CPU weights rest where they compute, and copying them would only take twice the memory."""
+    return "none" if device.type == "cpu" else offload
 
 
 def vae_placement(folder: Path, device: torch.device, dtype: torch.dtype) -> Placement:
@@ -182,12 +177,27 @@ def _load(network: Any, model: Path, component: str, placement: Placement, **opt
     return _placed(cast(nn.Module, loaded), placement)
 
 
-def _load_file(network: nn.Module, model: Path, component: Component, placement: Placement, file: Path) -> nn.Module:
-    """A network without weights with those of a file, complete. Raises `CheckpointError` naming what it lacks."""
+def _without_weights(folder: Path, component: Component) -> nn.Module:
+    with quiet_imports():
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+        from transformers import Qwen3Config, Qwen3Model
+    config = read_json(folder / component / "config.json")
+    # Buffers are no weights: they are computed here, and no file has them.
+    with init_empty_weights(include_buffers=False):
+        if component == "text_encoder":
+            return Qwen3Model(Qwen3Config(**config))
+        network: Any = ZImageTransformer2DModel if component == "transformer" else AutoencoderKL
+        return cast(nn.Module, network.from_config(config))
+
+
+def _load_file(model: Path, component: Component, placement: Placement, file: Path) -> nn.Module:
+    """A network with the weights of a file, complete. Raises `CheckpointError` naming what it lacks."""
     check_layout(model, [])
     if file.suffix == GGUF_SUFFIX and placement.quantization != "none":
         raise CheckpointError(f"{file} holds packed weights; with it, quantization has to be none")
-    content = read_single_file(file, component, read_json(model / component / "config.json"))
+    network = _without_weights(model, component)
+    content = read_single_file(file, component, read_json(model / component / "config.json"), placement.dtype)
     wanted = dict(network.named_parameters())
     content = {name: tensor for name, tensor in content.items() if not name.startswith("lm_head.")}
     faults = {
@@ -207,6 +217,7 @@ def _load_file(network: nn.Module, model: Path, component: Component, placement:
 
 
 def _placed(network: nn.Module, placement: Placement) -> nn.Module:
+    """Packed as it shall be, where it rests."""
     network.eval().requires_grad_(False)
     for name in packable(network):
         pack(network, name, placement.quantization)

@@ -232,7 +232,7 @@ def _gain(layers: Sequence[_Scaled], bias: Tensor | None, dtype: torch.dtype) ->
     if not more:
         return None
     beyond = torch.stack(more).sum(0)
-    shift = torch.zeros_like(beyond) if bias is None else -beyond * bias.float()
+    shift = torch.zeros_like(beyond) if bias is None else -beyond * bias.float().to(beyond.device)
     return _Gain((1.0 + beyond).to(dtype), shift.to(dtype))
 
 

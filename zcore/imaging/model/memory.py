@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from zcore.imaging.geometry import PATCH_LATENTS, image_tokens, padded
+from zcore.imaging.model.checkpoint import Component
 from zcore.imaging.model.loader import Networks, Placement, spelled
 from zcore.imaging.model.quantization import NF4_GROUP, Quantization, packable
 from zcore.imaging.model.tiling import Tiling
 from zcore.imaging.model.vae import UNTOLD_MEMORY_BYTES, WIDEST_TENSORS
 from zcore.sizes import SIDE_MULTIPLE_PX, SMALLEST_SIDE_PX
 
-Component = Literal["text_encoder", "transformer", "vae"]
 Phase = Literal["encode", "denoise", "decode"]
 
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "transformer", "vae")

@@ -171,9 +171,19 @@ class _PageLocked:
         """The tensor, copied there."""
         size = tensor.nbytes
         if len(self._free) < size:
-            self._free = torch.empty(max(self._piece_bytes, size), dtype=torch.uint8, pin_memory=self._locked)
+            self._free = self._piece(max(self._piece_bytes, size))
         taken, self._free = self._free[:size], self._free[ceil(size / ALIGNED_BYTES) * ALIGNED_BYTES :]
         return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _piece(self, size_bytes: int) -> Tensor:
+        """Ordinary memory where the system locks no more: slower to copy from, and no reason to fail."""
+        try:
+            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._locked)
+        except RuntimeError:  # of CUDA's allocator for the host, whose class says nothing of memory
+            if not self._locked:
+                raise
+            self._locked = False
+            return torch.empty(size_bytes, dtype=torch.uint8)
 
 
 @cache

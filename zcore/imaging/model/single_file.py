@@ -20,7 +20,7 @@ conversion is used for the VAE.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -29,9 +29,8 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from zcore.errors import CheckpointError
+from zcore.imaging.model.checkpoint import GGUF_SUFFIX, Component
 from zcore.imaging.model.quantization import quiet_imports
-
-Component = Literal["text_encoder", "transformer", "vae"]
 
 PREFIXES: dict[Component, tuple[str, ...]] = {
     "transformer": ("model.diffusion_model.", "diffusion_model."),
@@ -39,8 +38,6 @@ PREFIXES: dict[Component, tuple[str, ...]] = {
     "vae": ("first_stage_model.", "vae."),
 }
 """Looked for in this order; a file without any holds one network alone."""
-
-GGUF_SUFFIX = ".gguf"
 
 _RENAMED = (
     (re.compile(r"^x_embedder\."), "all_x_embedder.2-1."),
@@ -63,15 +60,20 @@ class _Kind(msgspec.Struct):
     format: str = "none"
 
 
-def read_single_file(path: Path, component: Component, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The network's tensors by its names. Raises `CheckpointError` for a file that is not understood."""
+def read_single_file(
+    path: Path, component: Component, config: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The network's tensors by its names; scaled ones in `dtype`, which all will be cast to, others as they are.
+
+    Raises `CheckpointError` for a file that is not understood.
+    """
     if path.suffix == GGUF_SUFFIX:
         return in_own_names(_read_gguf(path, component), component, config)
     try:
         content = cast(dict[str, Tensor], cast(Any, safetensors_torch).load_file(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return in_own_names(_unscaled(_unprefixed(content, component), path), component, config)
+    return in_own_names(_unscaled(_unprefixed(content, component), path, dtype), component, config)
 
 
 def in_own_names(content: dict[str, Tensor], component: Component, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -105,15 +107,13 @@ def _unprefixed(content: Mapping[str, Tensor], component: Component) -> dict[str
     return dict(content)
 
 
-def _unscaled(content: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _unscaled(content: dict[str, Tensor], path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Float8 weights with their scales as plain numbers. Raises `CheckpointError` for weights packed otherwise."""
     content.pop("scaled_fp8", None)
     for name in [name for name in content if name.endswith(_MARKS)]:
         mark = content.pop(name)
-        if name.endswith(".comfy_quant"):
-            kind = msgspec.json.decode(mark.to(torch.uint8).numpy().tobytes(), type=_Kind).format
-            if kind not in _FLOAT8:
-                raise CheckpointError(f"{path}: {name} says {kind}; of packed weights only float8 is read")
+        if name.endswith(".comfy_quant") and (kind := _kind_said(mark)) not in _FLOAT8:
+            raise CheckpointError(f"{path}: {name} says {kind}; of packed weights only float8 is read")
     for name in [name for name in content if name.endswith(_SCALES)]:
         weight = f"{name.rpartition('.')[0]}.weight"
         if weight not in content:
@@ -121,8 +121,16 @@ def _unscaled(content: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         numbers, scale = content[weight].float(), content.pop(name).float().flatten()
         if scale.numel() not in (1, numbers.shape[0]):
             raise CheckpointError(f"{path}: {name} is neither one scale nor one for each row of {weight}")
-        content[weight] = numbers * scale.view(-1, *(1 for _ in numbers.shape[1:]))
+        content[weight] = (numbers * scale.view(-1, *(1 for _ in numbers.shape[1:]))).to(dtype)
     return content
+
+
+def _kind_said(mark: Tensor) -> str:
+    """What ComfyUI says of a weight beside it, as JSON in a tensor of bytes."""
+    try:
+        return msgspec.json.decode(mark.to(torch.uint8).numpy().tobytes(), type=_Kind).format
+    except msgspec.DecodeError:
+        return "nothing that can be read"
 
 
 def _of_transformer(content: dict[str, Tensor]) -> dict[str, Tensor]:

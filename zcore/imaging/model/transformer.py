@@ -138,7 +138,10 @@ class VelocityModel:
         other = copy(self)
         other._offload = "none"
         other._weights = cast(Transformer, brought(self._module, self._device, self._offload, but=["adaLN_modulation"]))
-        other._modulators = [moved(cast(nn.Module, one), self._device) for one in self._modulators]
+        if self._offload == "network":
+            other._modulators = modulators(other._weights)
+        else:
+            other._modulators = [moved(cast(nn.Module, one), self._device) for one in self._modulators]
         return other
 
     def plan(self, prompt_embeds: Tensor, size: LatentSize, sigmas: Sequence[float], dype: Dype | None = None) -> Plan:
