@@ -204,6 +204,7 @@ def test_what_came_leaves_with_the_generation_whatever_ends_it(
     assert pictures == painted(tiny_pipeline)
 
 
+@pytest.mark.usefixtures("as_on_a_card")
 @pytest.mark.parametrize("unit", UNITS)
 def test_memory_that_runs_out_at_any_time_leaves_nothing_behind(
     tiny_folder: Path, tiny_pipeline: ZImagePipeline, unit: Offload
