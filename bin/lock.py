@@ -1,10 +1,10 @@
-"""Resolve pyproject.toml into config/requirements.lock: one pin for every package of a full installation.
+"""Resolve pyproject.toml into config/requirements.lock, with one pin for every package of a full installation.
 
     make lock
 
-The file holds names and versions only, neither hosts nor hashes: the same pins serve pip and uv, and torch's CPU and
-CUDA builds, which the machine that installs chooses between. So a build tag as in `2.13.0+cpu` is dropped, and what
-only one of the builds brings along is left out.
+The file contains names and versions but no hosts or hashes, so that the same pins serve pip and uv, and both the CPU
+and the CUDA build of torch. Build tags such as `+cpu` are removed, and packages that only one of the builds needs are
+left out.
 """
 
 import re
@@ -13,15 +13,15 @@ import subprocess
 import environment
 
 HEAD = """\
-# Every pinned version of a full installation, written by `make lock`. Used as constraints, by pip and by uv alike:
+# Pinned versions of a full installation, written by `make lock`. Used as constraints by pip and uv:
 #     pip install -c config/requirements.lock '.[server]'
-# torch carries no build tag: its CPU and its CUDA build both satisfy the pin, and bring their own companions.
+# torch has no build tag: its CPU and its CUDA build both satisfy the pin, and install their own dependencies.
 """
-OF_ONE_BUILD = re.compile(r"(nvidia-|cuda-|triton)")
+CUDA_ONLY = re.compile(r"(nvidia-|cuda-|triton)")
 
 
 def main() -> None:
-    """Write the lock anew."""
+    """Write the lock file."""
     folders = environment.pip_setting("find-links").split()
     command = [
         environment.VENV / "bin" / "uv", "pip", "compile", "--quiet", "--python-version", "3.11",
@@ -34,8 +34,8 @@ def main() -> None:
 
 
 def portable(resolved: str) -> list[str]:
-    """The pins that hold on every machine."""
-    return [re.sub(r"\+\S+", "", pin) for pin in resolved.splitlines() if not OF_ONE_BUILD.match(pin)]
+    """Return the pins that are valid on every machine."""
+    return [re.sub(r"\+\S+", "", pin) for pin in resolved.splitlines() if not CUDA_ONLY.match(pin)]
 
 
 if __name__ == "__main__":

@@ -2,141 +2,208 @@
 
     make run
 
-Takes the settings (profile `demo` unless ZIMAGE_PROFILE names another); gives an API that answers, and the lines to
-try it with. Logs go to `log/` in the data folder. Everything ends together: a child that dies by itself ends the
-others. Does not know what the children do.
+Uses the profile `demo` unless ZIMAGE_PROFILE names another, and needs no API key unless API keys are configured or
+other machines can reach it. Prints the addresses and an example request as soon as a worker is ready, however long it
+loads. Logs are written to `log/` in the data folder. A worker that crashes is started again; if the API ends, or the
+worker again and again, everything is stopped.
 """
 
+import contextlib
+import http.client
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from zcore.checkpoint import requirements
+from zcore.data_folder import UMASK
 from zcore.errors import ConfigurationError
-from zcore.settings import Settings, load_settings
+from zcore.foreign_text import printable
+from zcore.keys import api_key_file
+from zcore.settings import Settings, load_settings, setting_origins
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALLEST_DISK_BYTES = 200 * 10**6
-READY_WITHIN_S = 180.0
-STOPPED_WITHIN_S = 20.0
-LAST_LINES = 25
+MINIMUM_DISK_BYTES = 200 * 10**6
+PROGRESS_INTERVAL_S = 10.0
+RESTART_DELAYS_S = (1.0, 2.0, 5.0, 15.0, 60.0)
+"""Delays before a crashed worker is started again; after one more crash in a row the service ends."""
+STEADY_S = 600.0  # a worker that ran for this long had no part in an earlier crash
+STOP_TIMEOUT_S = 20.0
+CONFIGURATION_STATUS = 2  # of a process that a restart cannot help
+LOG_LINES = 25
 EXAMPLE = {"prompt": "a red circle on a white background", "seed": 42}
 
 
-class Refusal(Exception):
-    """Why the service cannot run: a few lines for the person who started it."""
+class StartupError(Exception):
+    """The reason why the service cannot run, for the person who started it."""
 
 
 @dataclass(frozen=True)
 class Child:
-    """One of the processes of the service, and where it logs."""
+    """A process of the service, and its log file."""
 
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    started_at: float
 
     def check(self) -> None:
-        """Refuse to go on when it has ended."""
+        """Raise `StartupError` if the process has ended."""
         status = self.process.poll()
         if status is not None:
-            raise Refusal(
-                f"the {self.name} ended with status {status}; the end of {self.log}:\n{_last_lines(self.log)}"
+            raise StartupError(
+                f"the {self.name} exited with status {status}; last lines of {self.log}:\n{_last_lines(self.log)}"
             )
 
 
 def main() -> int:
-    """The exit status: 0 when asked to stop, 1 when something stopped by itself or could not start."""
-    asked_to_stop: list[int] = []
+    """Return the exit status: 0 after a signal, 1 if a process ended or could not start."""
+    os.umask(UMASK)
+    stop_signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _frame: asked_to_stop.append(received))
+        signal.signal(number, lambda received, _frame: stop_signals.append(received))
     children: list[Child] = []
     try:
-        run({"ZIMAGE_PROFILE": "demo", **os.environ}, children, asked_to_stop)
-    except (Refusal, ConfigurationError) as refusal:
-        print(f"run: {refusal}", file=sys.stderr)
+        run({"ZIMAGE_PROFILE": "demo", **os.environ}, children, stop_signals)
+    except (StartupError, ConfigurationError) as error:
+        print(f"run: {error}", file=sys.stderr)
         return 1
     finally:
         stop(children)
     return 0
 
 
-def run(environment: dict[str, str], children: list[Child], asked_to_stop: list[int]) -> None:
-    """Start everything into `children`, say so, and return when `asked_to_stop` is no longer empty."""
-    begun_at = time.monotonic()
+def run(environment: dict[str, str], children: list[Child], stop_signals: list[int]) -> None:
+    """Append the started processes to `children`, print the greeting, and return once a signal has arrived."""
+    started_at = time.monotonic()
+    environment = with_maintenance(with_keyless(environment))
     settings = load_settings(environment)
     check_port(settings.server.host, settings.server.port)
     check_disk(settings.data_path)
+    check_model_and_gpu(settings)
     warn_of_missing_compiler(settings.pytorch.compile)
     logs = settings.data_path / "log"
     logs.mkdir(parents=True, exist_ok=True)
     migrate(environment, logs / "migrations.log")
     for name in ("server", "worker"):
         children.append(start(name, environment, logs))
-    while not asked_to_stop and not _is_ready(_address(settings)):
-        _look_after(children)
-        if time.monotonic() - begun_at > READY_WITHIN_S:
-            raise Refusal(f"server and worker were not ready within {READY_WITHIN_S:.0f} s; their logs are in {logs}")
-    if not asked_to_stop:
-        print(_greeting(settings, logs, time.monotonic() - begun_at), flush=True)
-    while not asked_to_stop:
-        _look_after(children)
+    reported_at = started_at
+    while not stop_signals and (missing := _missing(settings)) is not None:
+        for child in children:
+            child.check()
+        if time.monotonic() - reported_at > PROGRESS_INTERVAL_S:
+            reported_at = time.monotonic()
+            print(_progress(missing, logs, reported_at - started_at), flush=True)
+        time.sleep(0.1)
+    if not stop_signals:
+        print(_greeting(settings, logs, time.monotonic() - started_at), flush=True)
+    supervise(children, environment, logs, stop_signals)
+
+
+def with_keyless(environment: dict[str, str]) -> dict[str, str]:
+    """Return the environment with `server.keyless` on, unless the settings choose, have API keys, or are not local."""
+    settings = load_settings(environment)
+    is_chosen = setting_origins(environment)["server.keyless"] != "default"
+    if is_chosen or settings.server.api_keys or not settings.server.is_local:
+        return environment
+    return {**environment, "ZIMAGE_SERVER__KEYLESS": "true"}
+
+
+def with_maintenance(environment: dict[str, str]) -> dict[str, str]:
+    """Return the environment with `worker.maintenance` on, unless the settings choose: there is only this worker."""
+    if setting_origins(environment)["worker.maintenance"] != "default":
+        return environment
+    return {**environment, "ZIMAGE_WORKER__MAINTENANCE": "true"}
+
+
+def supervise(children: list[Child], environment: dict[str, str], logs: Path, stop_signals: list[int]) -> None:
+    """Return once a signal has arrived; until then start the worker again when it crashes.
+
+    Raises `StartupError` if the API ends, the worker crashes too often, or its settings are wrong.
+    """
+    crashes, restart_at = 0, None
+    while not stop_signals:
+        server, worker = children
+        server.check()
+        status = worker.process.poll()
+        if status is not None and restart_at is None:
+            crashes = 1 if time.monotonic() - worker.started_at > STEADY_S else crashes + 1
+            if crashes > len(RESTART_DELAYS_S) or status == CONFIGURATION_STATUS:
+                worker.check()
+            _kill_session(worker)
+            delay_s = RESTART_DELAYS_S[crashes - 1]
+            restart_at = time.monotonic() + delay_s
+            print(f"run: the worker exited with status {status}; starting it again in {delay_s:g} s", file=sys.stderr)
+        if restart_at is not None and time.monotonic() >= restart_at:
+            children[1], restart_at = start("worker", environment, logs), None
+            print(f"run: the log of the worker that ended is {logs / 'worker.previous.log'}", file=sys.stderr)
+        time.sleep(0.1)
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse an address that another program holds, or that is not this machine's."""
+    """Raise `StartupError` if the address is in use or is not an address of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise Refusal(
-                f"port {port} of {host} cannot be had ({error.strerror}); "
-                f"choose another: ZIMAGE_SERVER__PORT={port + 1} make run"
+            raise StartupError(
+                f"port {port} of {host} is not available ({error.strerror}); "
+                f"choose another one: ZIMAGE_SERVER__PORT={port + 1} make run"
             ) from None
 
 
 def check_disk(folder: Path) -> None:
-    """Refuse a disk on which the database would break in the middle."""
+    """Raise `StartupError` if the disk is so full that the database could fail while running."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < SMALLEST_DISK_BYTES:
-        raise Refusal(
-            f"the disk of {folder} has {free_bytes / 1e6:.0f} MB free, at least {SMALLEST_DISK_BYTES / 1e6:.0f} MB are "
-            "needed; free some, or choose another folder: ZIMAGE_DATA_DIR=/path make run"
+    if free_bytes < MINIMUM_DISK_BYTES:
+        raise StartupError(
+            f"the disk of {folder} has {free_bytes / 1e6:.0f} MB free, but "
+            f"{MINIMUM_DISK_BYTES / 1e6:.0f} MB are needed; free some space or choose another "
+            "folder: ZIMAGE_DATA_DIR=/path make run"
         )
 
 
+def check_model_and_gpu(settings: Settings) -> None:
+    """Raise `StartupError` naming all that the worker would miss, instead of letting it find one after the other."""
+    if found := requirements.missing(settings):
+        reasons = "".join(f"\n  - {reason}" for reason in found)
+        advice = "".join(f"\n  {way}" for way in requirements.ways_out(settings.profile))
+        raise StartupError(f"the profile {settings.profile} cannot run here:{reasons}{advice}")
+
+
 def warn_of_missing_compiler(compiles: bool) -> None:
-    """Say before the first picture what torch.compile would only say in the middle of it."""
+    """Warn at startup about a problem that torch.compile would otherwise report only during the first image."""
     if compiles and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))):
         print(
-            "run: pytorch.compile is on, but no C++ compiler is here: install g++ or set ZIMAGE_PYTORCH__COMPILE=false",
+            "run: pytorch.compile is on but there is no C++ compiler: install g++ or set ZIMAGE_PYTORCH__COMPILE=false",
             file=sys.stderr,
             flush=True,
         )
 
 
 def migrate(environment: dict[str, str], log: Path) -> None:
-    """Bring the database to the newest revision, or make it."""
+    """Create the database or migrate it to the newest revision."""
     command = [sys.executable, "-m", "alembic", "upgrade", "head"]
     with log.open("wb") as output:
         status = subprocess.call(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
     if status != 0:
-        raise Refusal(f"the database could not be made ready; the end of {log}:\n{_last_lines(log)}")
+        raise StartupError(f"the database could not be created or migrated; last lines of {log}:\n{_last_lines(log)}")
 
 
 def start(name: str, environment: dict[str, str], logs: Path) -> Child:
-    """Start a package as a process, in a session of its own so that Ctrl-C reaches the launcher alone."""
+    """Run a package as a process in a new session, so that Ctrl-C reaches only the launcher."""
     log = logs / f"{name}.log"
     if log.exists():
         log.replace(logs / f"{name}.previous.log")
@@ -150,19 +217,19 @@ def start(name: str, environment: dict[str, str], logs: Path) -> Child:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Child(name, process, log)
+    return Child(name, process, log, time.monotonic())
 
 
 def stop(children: list[Child]) -> None:
-    """End all together: politely, and those that do not listen with all their own children."""
+    """Terminate all children, and kill those that do not stop in time together with their own children."""
     for child in children:
         child.process.terminate()
-    deadline = time.monotonic() + STOPPED_WITHIN_S
+    deadline = time.monotonic() + STOP_TIMEOUT_S
     for child in children:
         try:
             child.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            print(f"run: the {child.name} did not stop within {STOPPED_WITHIN_S:.0f} s and was killed", file=sys.stderr)
+            print(f"run: the {child.name} did not stop within {STOP_TIMEOUT_S:.0f} s and was killed", file=sys.stderr)
         _kill_session(child)
     if children:
         print("run: stopped", flush=True)
@@ -176,41 +243,68 @@ def _kill_session(child: Child) -> None:
     child.process.wait()
 
 
-def _look_after(children: list[Child]) -> None:
-    for child in children:
-        child.check()
-    time.sleep(0.1)
+def _host(settings: Settings) -> str:
+    """Return the host at which this machine reaches the API, without brackets."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.server.host, settings.server.host)
 
 
 def _address(settings: Settings) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.server.host, settings.server.host)
-    return f"http://{host}:{settings.server.port}"
+    host = _host(settings)
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.server.port}"
 
 
-def _is_ready(address: str) -> bool:
-    """Whether jobs are accepted and somebody is there to work on them."""
-    try:
-        with urllib.request.urlopen(f"{address}/health/ready", timeout=5) as answer:
-            return json.load(answer)["workers"] > 0
-    except OSError:
-        return False
+def _missing(settings: Settings) -> str | None:
+    """Return the name of the process that is not ready: the `server`, or else the `worker`; None if both are."""
+    # http.client, unlike urllib, asks no proxy of the environment.
+    connection = http.client.HTTPConnection(_host(settings), settings.server.port, timeout=5)
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/health/ready")
+            workers = json.load(connection.getresponse())["workers"]
+        except (OSError, http.client.HTTPException, ValueError):
+            return "server"
+    return None if workers > 0 else "worker"
+
+
+def _progress(name: str, logs: Path, waited_s: float) -> str:
+    """Describe what is being waited for, with the last line of its log (of a progress bar, its last state)."""
+    does = {"server": "the server to start", "worker": "the worker, which loads the model"}[name]
+    lines = [line for line in _read(logs / f"{name}.log").split("\n") if line.strip()]
+    last = printable(lines[-1].rstrip().rpartition("\r")[2]) if lines else "its log is empty so far"
+    return f"run: {waited_s:.0f} s: waiting for {does}: {last}"
 
 
 def _greeting(settings: Settings, logs: Path, took_s: float) -> str:
     address = _address(settings)
-    key = "the one you configured" if settings.server.admin_key else f"in {settings.data_path / 'keys' / 'admin'}"
-    return f"""\
-run: ready after {took_s:.1f} s, profile {settings.profile}
-  API      {address}            described by {address}/schema/openapi.json
-  admin    {address}/admin      its key is {key}
-  logs     {logs}
-  try      curl -s {address}/api/generate -H 'Content-Type: application/json' -H 'Prefer: wait=60' \\
-             -d '{json.dumps(EXAMPLE)}'
-  stop     Ctrl-C"""
+    admin_key = "server.admin_key" if settings.server.admin_key else str(settings.data_path / "keys" / "admin")
+    lines = [
+        f"run: ready after {took_s:.1f} s, profile {settings.profile}",
+        f"  API      {address}            docs: {address}/docs",
+        f"  try it   {address}/playground",
+        f"  admin    {address}/admin      key: {admin_key}",
+        f"  logs     {logs}",
+        f"  try      curl -s {address}/api/generate -H 'Content-Type: application/json' -H 'Prefer: wait=60' \\",
+        *(f"             -H {header} \\" for header in _authorization(settings)),
+        f"             -d '{json.dumps(EXAMPLE)}'",
+        "  stop     Ctrl-C",
+    ]
+    return "\n".join(lines)
+
+
+def _authorization(settings: Settings) -> list[str]:
+    """Return the header with an API key for a shell, if one is needed: the generated key's file, or a placeholder."""
+    file = api_key_file(settings)
+    if file is not None:
+        return [f'"Authorization: Bearer $(cat {shlex.quote(str(file))})"']
+    return ["'Authorization: Bearer KEY'"] if settings.server.api_keys else []
 
 
 def _last_lines(log: Path) -> str:
-    return "\n".join(f"  {line}" for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+    return "\n".join(f"  {printable(line)}" for line in _read(log).splitlines()[-LOG_LINES:])
+
+
+def _read(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Alembic's entry: brings the database of this process's settings to the newest revision.
+"""Alembic environment: migrates the database that the settings name.
 
-Takes the URL from the settings (ZIMAGE_DATABASE__URL above the file), or from `-x url=...`, which tests use.
+The URL comes from `-x url=...`, which tests use, else from the settings.
 """
 
 import os
@@ -13,10 +13,13 @@ from zcore.settings import load_settings
 
 
 def run() -> None:
-    """Applies revisions over one connection; on SQLite tables are rebuilt where it cannot alter them."""
+    """Apply the revisions over one connection; on SQLite, tables are rebuilt if they cannot be altered."""
     url = context.get_x_argument(as_dictionary=True).get("url") or load_settings(os.environ).database_url
-    database = Database(url)
+    database = Database(url, limits=None)  # rewriting a large table takes its time
     with database.engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            # Dropping a table that is rebuilt would delete every row that refers to it. Has no effect in a transaction.
+            connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
         context.configure(
             connection=connection,
             target_metadata=Table.metadata,

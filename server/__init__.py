@@ -1,1 +1,1 @@
-"""HTTP in: accepts requests, answers for jobs, serves the admin. Loads no torch."""
+"""The HTTP server: accepts submissions, reports on jobs, serves admin pages and the playground. Imports no torch."""

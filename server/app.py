@@ -1,6 +1,7 @@
-"""The server's only wiring: settings in, the Litestar application out.
+"""The server's composition root: settings in, the Litestar application out.
 
-Makes each part once and gives it to handlers by name. Loads no torch. Does not read the environment: `asgi` does.
+Creates each component once and injects it into handlers by name. Imports no torch. Does not read the environment;
+`asgi` and `__main__` do.
 """
 
 import asyncio
@@ -11,31 +12,40 @@ from typing import Any
 from litestar import Litestar, Request, Router
 from litestar.datastructures import State
 from litestar.di import Provide
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme, Server
 from litestar.types import ControllerRouterHandler
 
-from server.auth import Callers
-from server.limits import PromptLimit
-from server.pages import admin_routes, answer_people, template_config
-from server.playground import playground
+from server.admin.formatting import FILTERS
+from server.admin.rendering import with_error_pages
+from server.admin.router import admin_router
+from server.bodies import BodyRequest
+from server.callers import Caller, Callers, caller_of
+from server.drain import Drain
+from server.key_guesses import KeyGuesses
+from server.openapi import openapi_config
+from server.pages import asset, template_config
+from server.parameters import strict_query
 from server.problems import EXCEPTION_HANDLERS
+from server.prompt_check import PromptCheck
 from server.routes import files, health, inputs, jobs, loras, prompts, sizes
+from server.routes.playground import playground
+from server.routes.start import reference, start
+from server.storage_preparation import prepare_in_background
+from server.submission import Submissions
+from server.threads import Threads
 from server.watch import Watch
-from zcore.broker import Doorbell, make_app
-from zcore.errors import StorageError
+from zcore.broker import Notifier, make_app
+from zcore.checkpoint.defaults import generation_defaults
+from zcore.checkpoint.trained_size import trained_side_here
 from zcore.jobs.database import Database
 from zcore.keys import load_keys
 from zcore.settings import Settings
 from zcore.storage import open_storage
-from zcore.telemetry import log
 
 BODY_LIMIT_BYTES = 1024 * 1024
 ROUTES: list[ControllerRouterHandler] = [
-    health.live,
-    health.ready,
-    jobs.generate,
+    health.check_liveness,
+    health.check_readiness,
+    jobs.submit_job,
     jobs.list_jobs,
     jobs.get_job,
     jobs.cancel_job,
@@ -44,84 +54,85 @@ ROUTES: list[ControllerRouterHandler] = [
     prompts.get_template,
     prompts.format_prompt,
     sizes.list_sizes,
-    files.file,
+    files.get_file,
+    playground,
+    start,
+    reference,
+    asset,
 ]
 
 
 def create_app(settings: Settings) -> Litestar:
-    """The application of these settings.
+    """Create the application for these settings.
 
-    Raises `ZImageError` where they cannot work; connects to nothing yet but storage. `state.watch` is the `Watch` that
-    holds waiting requests, `state.callers` and `state.admin_key` what the guards of `auth` ask for.
+    Only the storage is contacted here; every other connection is made on first use. `state.drain` is for
+    `server.edge`; guards use `state.callers` and `state.database`.
+    Raises `ZImageError` if the settings cannot work.
     """
     keys = load_keys(settings)
     database = Database(settings.database_url, settings.database.pool_size)
     storage = open_storage(settings, keys.link)
-    try:
-        storage.prepare()
-    except StorageError as fault:
-        # Jobs are accepted without it; workers prepare it too.
-        log.warning("storage.unreachable", error=fault.message)
-    callers = Callers(settings.server)
-    doorbell = Doorbell(make_app(settings))
-
-    def owner(request: Request[Any, Any, Any]) -> str:
-        return callers.owner(request)
+    prepare_in_background(storage)
+    callers = Callers(keys.api, keys.admin, KeyGuesses())
+    notifier = Notifier(make_app(settings))
+    prompt_check = PromptCheck.load(settings.templates_paths, settings.model_location)
+    watch = Watch(database)
+    drain = Drain(settings.server.drain_s, on_begin=watch.release)
+    threads = Threads.create(settings.database.pool_size)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncGenerator[None]:
-        yield
-        doorbell.close()
+        threads.use_by_default()
+        with drain.delaying_signals():
+            yield
+        threads.close()
+        notifier.close()
         database.close()
 
-    watch = Watch(database)
-    parts = {
+    components = {
         "settings": settings,
+        "defaults": generation_defaults(settings),
+        "trained_px": trained_side_here(settings.model_location),
         "database": database,
+        "drain": drain,
         "storage": storage,
-        "doorbell": doorbell,
-        "prompt_limit": PromptLimit.load(settings.templates_paths, settings.model_location),
-        "watch": watch,
-        "opening": asyncio.Semaphore(inputs.OPENED_AT_ONCE),
+        "notifier": notifier,
+        "prompt_check": prompt_check,
+        "submissions": Submissions(settings, database, storage, notifier, prompt_check, watch, threads),
+        "threads": threads,
+        "upload_slots": asyncio.Semaphore(inputs.MAX_CONCURRENT_DECODES),
     }
-    return Litestar(
+    app = Litestar(
         [
             *ROUTES,
-            playground,
-            Router("/", route_handlers=[inputs.upload], request_max_body_size=settings.limits.max_input_bytes),
+            Router("/", route_handlers=[inputs.upload_input], request_max_body_size=settings.limits.max_input_bytes),
             Router(
                 "/",
                 route_handlers=[loras.list_loras, loras.register_lora, loras.remove_lora],
                 request_max_body_size=settings.lora.max_bytes,
             ),
-            *admin_routes(keys.admin, settings.public_url),
+            admin_router(keys.admin, settings.public_url),
         ],
         dependencies={
-            **{name: _same(part) for name, part in parts.items()},
-            "owner": Provide(owner, sync_to_thread=False),
+            **{name: _constant(component) for name, component in components.items()},
+            "caller": Provide(_caller_of, sync_to_thread=False),
         },
-        exception_handlers=answer_people(EXCEPTION_HANDLERS),
-        template_config=template_config(),
+        guards=[strict_query],
+        request_class=BodyRequest,
+        exception_handlers=with_error_pages(EXCEPTION_HANDLERS),
+        template_config=template_config(FILTERS),
         lifespan=[lifespan],
-        state=State({"watch": watch, "callers": callers, "admin_key": keys.admin}),
+        state=State({"drain": drain, "callers": callers, "database": database, "threads": threads}),
         request_max_body_size=BODY_LIMIT_BYTES,
-        openapi_config=_openapi(settings),
-        logging_config=None,  # `zcore.telemetry` has configured it
+        openapi_config=openapi_config(settings, lambda: app.routes),
+        logging_config=None,  # `zcore.telemetry` configures logging
     )
+    return app
 
 
-def _same(part: object) -> Provide:
-    return Provide(lambda: part, sync_to_thread=False)
+def _caller_of(request: Request[Any, Any, Any]) -> Caller:
+    return caller_of(request)
 
 
-def _openapi(settings: Settings) -> OpenAPIConfig:
-    return OpenAPIConfig(
-        title="Z-Image service",
-        version="0.1.0",
-        description="Submit a prompt, follow the job, fetch the picture; or be told by a signed webhook.",
-        path="/schema",
-        render_plugins=[JsonRenderPlugin()],
-        servers=[Server(settings.public_url)],
-        components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
-        security=[{"key": []}],
-    )
+def _constant(value: object) -> Provide:
+    return Provide(lambda: value, sync_to_thread=False)

@@ -1,22 +1,30 @@
-"""What handlers are given by name: the parts of the process, made once in `app`, and the caller's name."""
+"""Types of the arguments that handlers receive by name: the components created in `app`, and the caller."""
 
 import asyncio
 
 from litestar.di import NamedDependency
 from litestar.params import SkipValidation
 
-from server.limits import PromptLimit
-from server.watch import Watch
-from zcore.broker import Doorbell
+from server.callers import Caller
+from server.drain import Drain
+from server.prompt_check import PromptCheck
+from server.submission import Submissions
+from server.threads import Threads
+from zcore.broker import Notifier
 from zcore.jobs.database import Database
+from zcore.request import GenerationDefaults
 from zcore.settings import Settings
 from zcore.storage import Storage
 
+NamedCaller = NamedDependency[SkipValidation[Caller]]
 NamedDatabase = NamedDependency[SkipValidation[Database]]
-NamedDoorbell = NamedDependency[SkipValidation[Doorbell]]
-NamedOpening = NamedDependency[SkipValidation[asyncio.Semaphore]]
-NamedPromptLimit = NamedDependency[SkipValidation[PromptLimit]]
+NamedDefaults = NamedDependency[SkipValidation[GenerationDefaults]]
+NamedDrain = NamedDependency[SkipValidation[Drain]]
+NamedNotifier = NamedDependency[SkipValidation[Notifier]]
+NamedPromptCheck = NamedDependency[SkipValidation[PromptCheck]]
 NamedSettings = NamedDependency[SkipValidation[Settings]]
 NamedStorage = NamedDependency[SkipValidation[Storage]]
-NamedWatch = NamedDependency[SkipValidation[Watch]]
-Owner = NamedDependency[SkipValidation[str]]
+NamedSubmissions = NamedDependency[SkipValidation[Submissions]]
+NamedThreads = NamedDependency[SkipValidation[Threads]]
+NamedTrainedSide = NamedDependency[SkipValidation[int]]
+NamedUploadSlots = NamedDependency[SkipValidation[asyncio.Semaphore]]

@@ -1,17 +1,17 @@
-"""What the API says of itself beyond the job: shapes of answers, and the request's schema and examples for OpenAPI."""
+"""Response shapes of the API other than the job, and example submissions. `openapi` derives the document from them."""
 
-from datetime import datetime
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
-from litestar.openapi.spec import Example
+from msgspec import UNSET, UnsetType
 
-from zcore.jobs.resource import JobResource
-from zcore.request import Delivery, GenerationDefaults, GenerationRequest
+from zcore.errors import Where
+from zcore.jobs.resource import JobResource, Time
+from zcore.request import Delivery, GenerationRequest, LongPromptMode, SentSeed, SizeChoice
 
 
 class JobPage(msgspec.Struct, frozen=True):
-    """A stretch of the job list, newest first. `next` is the address of the following one, None at the end."""
+    """One page of the job list, newest first. `next` is the URL of the next page, null on the last one."""
 
     jobs: list[JobResource]
     next_cursor: str | None
@@ -19,25 +19,29 @@ class JobPage(msgspec.Struct, frozen=True):
 
 
 class RegisteredLora(msgspec.Struct, frozen=True):
-    """A LoRA that requests may name. `sha256` is of its file, in hexadecimal."""
+    """A LoRA that requests may use. `sha256` is the hexadecimal digest of its file.
+
+    Unless `strict`, what does not fit the model is left out of it, and each of its jobs lists that.
+    """
 
     name: str
     sha256: str
     licence: str
     bytes: int
-    created_at: datetime
+    created_at: Time
+    strict: bool
 
 
 class LoraList(msgspec.Struct, frozen=True):
-    """All of them, by name."""
+    """All registered LoRAs, sorted by name."""
 
     loras: list[RegisteredLora]
 
 
 class UploadedInput(msgspec.Struct, frozen=True):
-    """An uploaded picture. `id` is what `image` and `mask` of a submission take until `expires_at`.
+    """An uploaded image. `image` and `mask` of a submission accept `id` until `expires_at`.
 
-    Width and height are pixels of the upright picture, `bytes` those of the file.
+    `width` and `height` are in pixels, after applying the EXIF orientation; `bytes` is the file size.
     """
 
     id: str
@@ -45,31 +49,56 @@ class UploadedInput(msgspec.Struct, frozen=True):
     height: int
     format: str
     bytes: int
-    expires_at: datetime
+    expires_at: Time
+
+
+class Liveness(msgspec.Struct, frozen=True):
+    """The process responds."""
+
+    status: Literal["ok"] = "ok"
 
 
 class Health(msgspec.Struct, frozen=True):
-    """`status` is `ok` or `unavailable`; `workers` counts GPU workers seen in the last 20 seconds."""
+    """Readiness. `workers` counts the workers seen in the last 20 seconds.
 
-    status: str
+    `status` is `draining` while the process is being stopped.
+    """
+
+    status: Literal["ok", "draining", "unavailable"]
     database: bool
     workers: int
 
 
+class FieldProblem(msgspec.Struct, frozen=True):
+    """One wrong part of a request.
+
+    In the body, `pointer` is its JSON pointer (RFC 6901), which is empty for the whole; elsewhere it has a `name`.
+    """
+
+    where: Where = msgspec.field(name="in")
+    detail: str
+    pointer: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+
+
 class Problem(msgspec.Struct, frozen=True):
-    """RFC 9457. `code` is stable; `errors` names each wrong field by JSON pointer."""
+    """An error in the form of RFC 9457. `code` is stable; `request_id` finds the request in the server's log.
+
+    `instance` is the path; it is absent if the request could not be read.
+    """
 
     type: str
     title: str
     status: int
     detail: str
-    instance: str
     code: str
-    errors: list[dict[str, str]] = []
+    request_id: str
+    instance: str | UnsetType = UNSET
+    errors: list[FieldProblem] | UnsetType = UNSET
 
 
 class TemplateEntry(msgspec.Struct, frozen=True):
-    """A template by name."""
+    """A template in the list."""
 
     name: str
     category: str
@@ -77,13 +106,13 @@ class TemplateEntry(msgspec.Struct, frozen=True):
 
 
 class TemplateList(msgspec.Struct, frozen=True):
-    """Templates, sorted by category and name."""
+    """Prompt templates, sorted by category and name."""
 
     templates: list[TemplateEntry]
 
 
 class TemplateText(msgspec.Struct, frozen=True):
-    """A whole template; its fields are named as those of a request that take their place."""
+    """A complete template. Request fields of the same names override its fields."""
 
     name: str
     category: str
@@ -95,19 +124,21 @@ class TemplateText(msgspec.Struct, frozen=True):
 
 
 class FormattedPromptAnswer(msgspec.Struct, frozen=True):
-    """A prompt in its layout. `kept_tokens` is what `long_prompt_mode` leaves of `tokens` for the transformer; null
-    where a submission would be refused.
+    """A formatted prompt.
+
+    `used_tokens` is how many of `tokens` reach the transformer under `long_prompt_mode`; null if a submission would be
+    refused.
     """
 
     formatted: str
     tokens: int | None
     limit: int | None
-    kept_tokens: int | None
-    long_prompt_mode: str
+    used_tokens: int | None
+    long_prompt_mode: LongPromptMode
 
 
 class NamedSize(msgspec.Struct, frozen=True):
-    """A size with what it may be called; pixels."""
+    """A size in pixels, with its name and aspect ratio."""
 
     name: str
     ratio: str
@@ -116,14 +147,14 @@ class NamedSize(msgspec.Struct, frozen=True):
 
 
 class SizePair(msgspec.Struct, frozen=True):
-    """Pixels."""
+    """A size in pixels."""
 
     width: int
     height: int
 
 
 class SidesBounds(msgspec.Struct, frozen=True):
-    """What is refused: sides outside the bounds or no multiple, and more pixels than the operator paints."""
+    """Limits of a size: the bounds and the multiple of each side, and the operator's limit on the number of pixels."""
 
     smallest_side_px: int
     largest_side_px: int
@@ -132,7 +163,7 @@ class SidesBounds(msgspec.Struct, frozen=True):
 
 
 class SizeList(msgspec.Struct, frozen=True):
-    """Sizes by name at the operator's usual resolution, and the bounds of any."""
+    """Named sizes at the default resolution, and the limits of any size."""
 
     presets: list[NamedSize]
     ratios: list[NamedSize]
@@ -141,52 +172,53 @@ class SizeList(msgspec.Struct, frozen=True):
     limits: SidesBounds
 
 
-def submission_schema() -> dict[str, Any]:
-    """Fields and bounds of `POST /api/generate`, read off the structs that check them."""
-    schema = prompt_schema(GenerationRequest, Delivery)
-    # Decided by the operator's settings, or at random: the struct's own defaults would mislead.
-    for name in {"seed", *GenerationDefaults.__struct_fields__} & schema["properties"].keys():
-        schema["properties"][name].pop("default", None)
-    return {**schema, "title": "Submission"}
+def _body(name: str, *parts: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """Return a struct with the fields of all these structs, and no others. A later part replaces an earlier field."""
+    fields: dict[str, tuple[str, type, Any]] = {
+        field.name: (
+            field.name,
+            field.type,
+            cast(Any, msgspec.field)(default=field.default, default_factory=field.default_factory),
+        )
+        for part in parts
+        for field in msgspec.structs.fields(part)
+    }
+    return msgspec.defstruct(name, list(fields.values()), kw_only=True, forbid_unknown_fields=True)
 
 
-def prompt_schema(*shapes: type[msgspec.Struct]) -> dict[str, Any]:
-    """Fields and bounds of a body that these structs make together; what they hold stands inside them."""
-    properties: dict[str, Any] = {}
-    for shape in shapes:
-        definitions = msgspec.json.schema(shape)["$defs"]
-        properties |= _inlined(definitions[shape.__name__]["properties"], definitions)
-    del properties["version"]
-    return {"properties": properties, "required": ["prompt"]}
+SubmissionBody = _body("Submission", GenerationRequest, SentSeed, SizeChoice, Delivery)
+"""Every field that `parse_submission` accepts, for the OpenAPI document."""
 
-
-def _inlined(part: Any, definitions: dict[str, Any]) -> Any:
-    """The same schema without references, which in OpenAPI would lead nowhere."""
-    if isinstance(part, list):
-        return [_inlined(entry, definitions) for entry in cast(list[Any], part)]
-    if not isinstance(part, dict):
-        return part
-    entries = cast(dict[str, Any], part)
-    if "$ref" in entries:
-        return _inlined(definitions[entries["$ref"].rpartition("/")[2]], definitions)
-    return {name: _inlined(value, definitions) for name, value in entries.items()}
-
-
-SUBMISSION_EXAMPLES = [
-    Example(summary="The least", value={"prompt": "a red circle on a blue background"}),
-    Example(
-        summary="Everything",
-        value={
-            "prompt": "a sunset over the sea",
-            "template": "photography",
-            "width": 1024,
-            "height": 768,
-            "steps": 8,
-            "seed": 42,
-            "n": 2,
-            "webhook_url": "https://example.com/hooks/pictures",
-            "metadata": {"order": "A-1001"},
-            "priority": 5,
-        },
-    ),
-]
+SUBMISSION_EXAMPLES: dict[str, dict[str, Any]] = {
+    "minimal": {"prompt": "a red circle on a blue background"},
+    "common_options": {
+        "prompt": "a sunset over the sea",
+        "template": "photography",
+        "width": 512,
+        "height": 384,
+        "steps": 8,
+        "seed": 42,
+        "n": 2,
+        "format": "webp",
+        "quality": 80,
+        "webhook_url": "https://example.com/hooks/images",
+        "metadata": {"order": "A-1001"},
+        "priority": 5,
+    },
+    "named_size": {"prompt": "a lighthouse at dusk", "aspect_ratio": "16:9", "resolution": 448},
+    "inpainting": {
+        "prompt": "a hat of straw",
+        "image": "https://example.com/portrait.png",
+        "mask": "https://example.com/hat.png",
+        "strength": 0.9,
+    },
+    "guided_in_two_passes": {
+        "prompt": "a harbour in the morning",
+        "negative_prompt": "people",
+        "guidance_scale": 3.5,
+        "slg": {"scale": 2.0, "layers": [2, 3]},
+        "passes": [{"scale": 0.5}, {"scale": 1.0, "strength": 0.5}],
+        "dype": {"method": "yarn", "base_resolution": 1024},
+    },
+}
+"""Bodies that `POST /api/generate` accepts, by name."""

@@ -1,7 +1,7 @@
-"""Waiting for jobs to end, for any number of waiting requests with one query at a time.
+"""Waiting for jobs to end: one query at a time serves any number of waiting requests.
 
-Takes the database; `ended` sleeps until a job is terminal or the time is over. Does not change anything: a wait that
-ends, or a caller that leaves, cancels nothing.
+Takes the database; `ended` sleeps until a job is terminal or the timeout has passed. Changes nothing: neither the end
+of a wait nor a disconnected caller cancels a job.
 """
 
 import asyncio
@@ -9,33 +9,29 @@ import uuid
 from collections import defaultdict
 from collections.abc import Sequence
 
-from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
-
-from zcore.jobs.database import Database
-from zcore.jobs.models import Job
-from zcore.jobs.states import TERMINAL
+from zcore.errors import Overloaded
+from zcore.jobs import queries
+from zcore.jobs.database import Database, DatabaseError
 from zcore.telemetry import log
 
-LOOK_EVERY_S = 0.1
-ASKED_AT_ONCE = 500
+POLL_INTERVAL_S = 0.1
 
 
 class Watch:
-    """Looks for ended jobs ten times a second, only while somebody waits."""
+    """Polls for ended jobs ten times a second, only while requests wait."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: defaultdict[uuid.UUID, set[asyncio.Event]] = defaultdict(set)
-        self._looking: asyncio.Task[None] | None = None
+        self._poller: asyncio.Task[None] | None = None
         self._released = False
 
     async def ended(self, job_id: uuid.UUID, timeout_s: float) -> None:
-        """Returns when the job is terminal, or after `timeout_s` seconds."""
+        """Return when the job is terminal, or after `timeout_s` seconds."""
         event = asyncio.Event()
         self._waiting[job_id].add(event)
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look())
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
         try:
             await asyncio.wait_for(event.wait(), timeout_s)
         except TimeoutError:
@@ -46,31 +42,26 @@ class Watch:
                 del self._waiting[job_id]
 
     def release(self) -> None:
-        """Nobody waits any longer, now or later: the server is leaving. May be called by a signal's handler."""
+        """End all waits, present and future, because the server is shutting down. Safe to call in a signal handler."""
         self._released = True
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         while self._waiting:
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_INTERVAL_S)
             if self._released:
                 for event in [event for events in self._waiting.values() for event in events]:
                     event.set()
                 return
-            wanted = list(self._waiting)
+            job_ids = list(self._waiting)
             try:
-                found = await asyncio.to_thread(self._terminal_of, wanted)
-            except SQLAlchemyError as fault:
-                log.warning("watch.failed", error=type(fault).__name__)
+                ended = await asyncio.to_thread(self._ended_among, job_ids)
+            except (DatabaseError, Overloaded) as error:
+                log.warning("watch.failed", error=type(error).__name__)
                 continue
-            for job_id in found:
+            for job_id in ended:
                 for event in self._waiting.get(job_id, ()):
                     event.set()
 
-    def _terminal_of(self, job_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
-        found: list[uuid.UUID] = []
+    def _ended_among(self, job_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
         with self._database.read() as transaction:
-            for start in range(0, len(job_ids), ASKED_AT_ONCE):
-                some = job_ids[start : start + ASKED_AT_ONCE]
-                statement = select(Job.id).where(Job.id.in_(some), Job.status.in_(TERMINAL))
-                found += transaction.session.scalars(statement)
-        return found
+            return queries.ended_among(transaction, job_ids)

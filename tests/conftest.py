@@ -1,6 +1,6 @@
-"""What every test may ask for: real services, a real browser, the real model's layout; and what none may do.
+"""Fixtures for every test: real services, a real browser, the real model's layout; and limits for every test.
 
-Services start on the first test that asks and end with the run. A missing one fails the test that asked.
+Services start for the first test that requests them and end with the run. A missing one fails that test.
 """
 
 import ipaddress
@@ -28,19 +28,20 @@ LAYOUT = "ZIMAGE_LAYOUT_DIR"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No test sees the settings of whoever runs it, or reaches beyond this machine."""
+    """Hide the settings of the environment from the tests, and block connections to other hosts."""
     for name in [name for name in os.environ if name.startswith("ZIMAGE_")]:
         if not name.startswith("ZIMAGE_TEST_") and name != LAYOUT:
             del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1,::1"
     sys.addaudithook(_refuse_other_hosts)
-    # How fast an example runs depends on the machine; only what it answers is judged.
+    # How fast an example runs depends on the machine, so only its result is checked.
     settings.register_profile("zimage", deadline=None, print_blob=True)
     settings.load_profile("zimage")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests of the GPU are skipped where there is none."""
+    """Skip tests of the GPU if there is none."""
     if item.get_closest_marker("gpu"):
         import torch
 
@@ -57,7 +58,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def migrated_template(postgres: Postgres) -> Iterator[str]:
-    """The name of a PostgreSQL database at the newest revision, which nobody connects to: copy it."""
+    """The name of a PostgreSQL database at the newest revision. Copy it; never connect to it."""
     with postgres.database() as url:
         migrate(url)
         yield url.rpartition("/")[2]
@@ -65,14 +66,14 @@ def migrated_template(postgres: Postgres) -> Iterator[str]:
 
 @pytest.fixture
 def database_url(postgres: Postgres, migrated_template: str) -> Iterator[str]:
-    """A PostgreSQL database of this test alone, at the newest revision."""
+    """A PostgreSQL database for this test alone, at the newest revision."""
     with postgres.database(migrated_template) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite file at the newest revision: copy it."""
+    """An SQLite file at the newest revision. Copy it."""
     path = tmp_path_factory.mktemp("sqlite") / "template.db"
     migrate(f"sqlite:///{path}")
     return path
@@ -80,13 +81,13 @@ def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sqlite_url(migrated_file: Path, tmp_path: Path) -> str:
-    """An SQLite database of this test alone, at the newest revision."""
+    """An SQLite database for this test alone, at the newest revision."""
     return f"sqlite:///{shutil.copy(migrated_file, tmp_path / 'zimage.db')}"
 
 
 @pytest.fixture(params=["sqlite_url", "database_url"], ids=["sqlite", "postgresql"])
 def each_database_url(request: pytest.FixtureRequest) -> str:
-    """The test runs once on SQLite and once on PostgreSQL."""
+    """A migrated database; the test runs once on SQLite and once on PostgreSQL."""
     return str(request.getfixturevalue(request.param))
 
 
@@ -113,21 +114,21 @@ def s3_service() -> Iterator[S3]:
 
 @pytest.fixture
 def s3(s3_service: S3) -> Iterator[Bucket]:
-    """An empty bucket of this test alone."""
+    """An empty bucket for this test alone."""
     with s3_service.bucket() as bucket:
         yield bucket
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The browser of this file's tests."""
+    """A browser that the tests of a file share."""
     with browsers.running() as started:
         yield started
 
 
 @pytest.fixture
 def browser_page(browser: Browser) -> Iterator[Page]:
-    """A page that nobody has used before."""
+    """A new page without cookies or history."""
     with browsers.page(browser) as page:
         yield page
 
@@ -137,20 +138,20 @@ def layout_dir() -> Path:
     """The real model's folder without its weights."""
     folder = Path(os.environ.get(LAYOUT) or TREE.parent / "shared" / "z-image-turbo")
     if not folder.is_dir():
-        lacking = f"{folder} is not there; {LAYOUT} names the real model's layout"
-        pytest.fail(lacking) if os.environ.get("CI") else pytest.skip(lacking)
+        missing = f"{folder} does not exist; set {LAYOUT} to the folder of the real model's layout"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     return folder
 
 
 def migrate(url: str) -> None:
-    """Bring a database to the newest revision, as an operator does."""
+    """Upgrade a database to the newest revision, with the command that an operator uses."""
     command = [sys.executable, "-m", "alembic", "-x", f"url={url}", "upgrade", "head"]
     migration = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
     assert migration.returncode == 0, migration.stderr
 
 
 def _refuse_other_hosts(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook (PEP 578): connecting beyond this machine, except to services the run was given, is an error."""
+    """Audit hook (PEP 578): raise on a connection to another host, unless the run uses services of its environment."""
     if event != "socket.connect":
         return
     address = arguments[1]

@@ -1,11 +1,11 @@
-"""How much memory code holds at once: storages followed from their making to their end, on tensors without data.
+"""Peak memory of code, traced on tensors without data: every storage is tracked from allocation to release.
 
-Takes code that computes on the meta device; gives the most bytes that were alive at once of what it made. The real code
-runs in its real order, so seconds tell what gigabytes of a card would. What comes on top there is not seen: workspaces
-inside a kernel, and what the allocator loses to fragments.
+Takes code that computes on the meta device and reports the most bytes of its tensors that were alive at once. The real
+code runs in its real order, so seconds on a CPU replace gigabytes on a card. Two things are not traced: workspaces
+inside a kernel, and memory that the allocator loses to fragmentation.
 
-Attention is counted as fused kernels have it, torch's own and those of the packages: one tensor of the queries' shape.
-The matrix of every token by every token, which torch makes on the meta device, is not made.
+Attention is counted as in fused kernels, torch's own and those of the packages: one tensor of the queries' shape. The
+matrix of every token by every token, which torch makes on the meta device, is not made.
 """
 
 import weakref
@@ -25,7 +25,7 @@ META = torch.device("meta")
 
 
 class LiveStorages(TorchDispatchMode):
-    """Follows what is made on the meta device. `peak_bytes` is the most there was at once, `at_peak` of which kinds."""
+    """Tracks tensors made on the meta device: `peak_bytes` at once, and the kinds of tensors `at_peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,20 +40,20 @@ class LiveStorages(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for made in tree_leaves(result):
             if isinstance(made, Tensor) and made.device == META and _storage_of(made) not in given:
-                self._follow(made, str(func))
+                self._track(made, str(func))
         return result
 
-    def _follow(self, tensor: Tensor, maker: str) -> None:
+    def _track(self, tensor: Tensor, maker: str) -> None:
         storage, key, size = tensor.untyped_storage(), _storage_of(tensor), tensor.untyped_storage().nbytes()
         if key in self._live:
             return
 
-        def gone(_reference: Any) -> None:
+        def release(_reference: Any) -> None:
             del self._live[key], self._references[key]
             self.live_bytes -= size
 
         self._live[key] = (maker, tuple(tensor.shape), tensor.dtype)
-        self._references[key] = weakref.ref(storage, gone)
+        self._references[key] = weakref.ref(storage, release)
         self.live_bytes += size
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
@@ -62,16 +62,19 @@ class LiveStorages(TorchDispatchMode):
 
 @contextmanager
 def traced() -> Generator[LiveStorages]:
-    """Follow what is computed inside.
+    """Track the tensors that the body of the `with` statement makes.
 
-    Not in inference mode, where torch's composite operators come whole, and what they make inside is not seen.
+    Not in inference mode: there torch's composite operators are dispatched whole, and tensors inside them are missed.
     """
     with torch.no_grad(), _AsOnACard(), LiveStorages() as storages:
         yield storages
 
 
 class _AsOnACard(TorchFunctionMode):
-    """Attention without the matrix. Where code asks whether values without data hold, as for one prompt, they do."""
+    """Attention without the matrix of tokens by tokens.
+
+    A condition on a tensor without data is true, as it is for one prompt.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.scaled_dot_product_attention:

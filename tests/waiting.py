@@ -1,4 +1,4 @@
-"""Waiting for something to become true, instead of sleeping and hoping."""
+"""Wait for a condition instead of sleeping."""
 
 import time
 from collections.abc import Callable
@@ -8,11 +8,11 @@ Found = TypeVar("Found")
 
 
 def wait_until(condition: Callable[[], Found], timeout_s: float = 30.0, every_s: float = 0.02) -> Found:
-    """The first true answer of `condition`, asked again and again; an AssertionError when none comes in time."""
+    """Poll `condition` and return its first true result. Raises `AssertionError` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         if time.monotonic() > deadline:
             name = getattr(condition, "__name__", repr(condition))
-            raise AssertionError(f"{name} was not true within {timeout_s:g} s; its last answer was {found!r}")
+            raise AssertionError(f"{name} was not true within {timeout_s:g} s; its last result was {found!r}")
         time.sleep(every_s)
     return found

@@ -1,1 +1,1 @@
-"""GPU work and side effects out: generation, delivery of webhooks, and the clock that puts right what was lost."""
+"""The worker processes: image generation, prompt encoding, webhook delivery and periodic maintenance."""

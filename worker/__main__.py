@@ -1,9 +1,15 @@
-"""`python -m worker`: one GPU worker. Keys of the settings may be given as arguments: `python -m worker
-worker.upkeep=false`.
+"""Command line of the worker.
+
+`python -m worker [name=value ...]` starts a worker; the arguments are settings.
+`python -m worker maintenance [name=value ...]` runs only maintenance and webhook delivery, for a host without a GPU.
 """
 
 import sys
 
-from worker.app import run_worker
+from worker.app import run_maintenance, run_worker
 
-run_worker(sys.argv[1:])
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["maintenance"]:
+        run_maintenance(sys.argv[2:])
+    else:
+        run_worker(sys.argv[1:])

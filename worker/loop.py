@@ -1,195 +1,226 @@
-"""One job after another, as long as any is due: claim, work, and every way an attempt can end but success.
+"""The job loop: claims due jobs one after another, and records every end of an attempt except success.
 
-Gives `JobLoop`, whose `drain` is what a ring of the doorbell runs, and `Workplace`, all that such a loop works with.
-What is done with a claimed job is its subclasses': `encode` and `generate`. Does not know Celery, models or torch.
+The subclasses `ImageWorker` and `PromptWorker` process the claimed job. Does not depend on Celery, models or torch.
 """
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Callable
+from functools import partial
+from uuid import UUID
 
-from sqlalchemy.exc import SQLAlchemyError
+import msgspec
 
-from worker.pulse import Pulse
-from worker.shutdown import Shutdown
+from worker.abandonable import call_within
+from worker.context import WorkerContext
+from worker.heartbeat import Heartbeat
+from worker.phases import PhaseBudgets, StallWatch, shape_of
+from worker.recording import record
 from zcore.errors import (
     EmbeddingLost,
     GenerationCanceled,
-    GenerationHandedBack,
+    GenerationReleased,
     LeaseLost,
     StorageError,
     ZImageError,
 )
-from zcore.jobs import lifecycle
-from zcore.jobs.database import Database
-from zcore.jobs.lifecycle import Failure, Lease
+from zcore.foreign_text import excerpt
+from zcore.jobs import claims, lifecycle, states
+from zcore.jobs.claims import Lease
+from zcore.jobs.database import DatabaseError, Transaction
+from zcore.jobs.lifecycle import Failure
 from zcore.jobs.models import Job
 from zcore.jobs.states import State
-from zcore.settings import JobsSettings, WorkerSettings
+from zcore.jobs.workers import CacheCounts
+from zcore.request import GenerationRequest
 from zcore.stages import Stage
-from zcore.storage import Storage
 from zcore.telemetry import bound, log
 
-CRASHES_AT_MOST = 3
-UPLOAD_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What every worker works with, under its `name`.
-
-    `announce` rings for a stage. `on_ended` is called after each job that reached its end, so that its webhook need not
-    wait for the clock; `on_broken` when this process can no longer work and has to end.
-    """
-
-    database: Database
-    storage: Storage
-    jobs: JobsSettings
-    settings: WorkerSettings
-    name: str
-    shutdown: Shutdown
-    announce: Callable[[Stage], None]
-    on_ended: Callable[[], None]
-    on_broken: Callable[[], None]
+MAX_CONSECUTIVE_CRASHES = 3
+"""Number of different jobs whose crashes in a row mean that this process is broken."""
+LONGEST_MESSAGE = 4000
+"""Largest number of characters of a job's error, which webhooks repeat."""
+SETTLE_INTERVAL_S = 0.05
+WRITE_TIMEOUT_S = 5.0
+"""How long a heartbeat may take to record the end of an attempt whose thread does not react."""
+ENDS = frozenset(
+    one.event for one in (states.CANCEL_RUNNING, states.RELEASE, states.REENCODE, states.SCHEDULE_RETRY, states.FAIL)
+)
+"""Events of attempts that end without success."""
 
 
 class JobLoop(ABC):
-    """A worker's work in this process. `drain` is called by one thread at a time; `finish` once, at the end."""
+    """Processes the jobs of this worker. One thread at a time calls `drain`; `finish` is called once, at the end."""
 
-    def __init__(self, workplace: Workplace) -> None:
-        self._place = workplace
-        self._crashes = 0
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._crashed: set[UUID] = set()
+        self._gpu_failed = False
+        self._heartbeats: list[Heartbeat] = []
+        settings = context.settings
+        self._budgets = PhaseBudgets(settings.stall_floor_s, context.jobs.lease_s, settings.stall_factor)
 
     def drain(self) -> int:
-        """Works until nothing is due or the worker is leaving. Gives the number of jobs it took."""
-        place = self._place
-        taken = 0
-        while not place.shutdown.is_begun:
+        """Process jobs until none is due, shutdown begins or storage is away. Return the number of claimed jobs."""
+        context = self._context
+        claimed = 0
+        while not (context.shutdown.is_begun or context.storage.is_away):
             try:
-                with place.database.write() as transaction:
-                    job = lifecycle.claim(transaction, place.name, place.jobs.lease_s, place.settings.stages)
-            except SQLAlchemyError as fault:
-                # The clock rings again for what is still due when the database is back.
-                log.warning("job.not_claimed", error=type(fault).__name__)
+                with context.database.write() as transaction:
+                    job = claims.claim(transaction, context.name, context.jobs.lease_s, context.settings.stages)
+            except DatabaseError as fault:
+                # Once the database is back, maintenance notifies workers again of jobs that are still due.
+                log.warning("job.claim_failed", error=type(fault).__name__)
                 break
             if job is None:
                 break
-            taken += 1
+            claimed += 1
             with bound(job_id=str(job.id), attempt=job.attempt):
                 self._attempt(job)
-        return taken
+        return claimed
 
     @property
     def is_broken(self) -> bool:
-        """Whether so many jobs crashed in a row that this process, not they, must be at fault."""
-        return self._crashes >= CRASHES_AT_MOST
+        """Whether so many different jobs crashed in a row that the cause must be this process, not the jobs."""
+        return self._gpu_failed or len(self._crashed) >= MAX_CONSECUTIVE_CRASHES
+
+    @property
+    def attempts_in_progress(self) -> int:
+        """Number of jobs whose lease this process holds."""
+        return sum(one.is_running for one in self._heartbeats)
+
+    @abstractmethod
+    def cache_counts(self) -> CacheCounts:
+        """Return how often the embedding cache of this worker helped."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Waits for everything that is still under way beside `drain`."""
+        """Wait for all work that continues after `drain` has returned."""
 
     @abstractmethod
-    def _work(self, job: Job, lease: Lease, pulse: Pulse) -> None:
-        """Does the job, or hands it to a thread that does the rest and stops the pulse. What it raises ends the
-        attempt.
+    def _work(self, job: Job, request: GenerationRequest, heartbeat: Heartbeat) -> None:
+        """Process the job, or pass it to a thread that finishes it and stops the heartbeat.
+
+        An exception ends the attempt.
         """
 
     def _attempt(self, job: Job) -> None:
-        place = self._place
+        context = self._context
         log.info("job.claimed", priority=job.priority, stage=job.stage)
-        lease = lifecycle.lease_of(job)
-        pulse = Pulse(place.database, lease, place.jobs.lease_s, place.settings.progress_interval_s, place.shutdown)
-        pulse.start()
+        watch = StallWatch(self._budgets, context.jobs.attempt_deadline_s)
+        heartbeat = Heartbeat(context, job, watch, self._end_unresponsive)
+        self._heartbeats = [*(one for one in self._heartbeats if one.is_running), heartbeat]
+        heartbeat.start()
         try:
-            self._work(job, lease, pulse)
+            if job.isolated:
+                self._wait_for_attempts(1, heartbeat.check)
+            request = msgspec.convert(job.request, GenerationRequest)
+            watch.expect(shape_of(request))
+            self._work(job, request, heartbeat)
         except Exception as fault:
-            pulse.stop()
-            self._end(lease, fault)
-            self._count_crash(fault)
+            heartbeat.stop()
+            self._end_attempt(heartbeat, fault)
+            self._count_crash(job, fault)
         else:
-            self._crashes = 0
+            self._crashed.clear()
+        if job.isolated:
+            self._wait_for_attempts(0)
 
-    def _count_crash(self, fault: Exception) -> None:
-        """A GPU that failed once fails every later call of its process: such a worker leaves before it spoils the
-        queue.
+    def _wait_for_attempts(self, count: int, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until at most `count` attempts are in progress. Raises what `check` raises meanwhile.
+
+        A job that may have killed a worker runs alone, so that it cannot take others with it.
         """
-        if isinstance(fault, ZImageError | SQLAlchemyError):
+        while self.attempts_in_progress > count:
+            check()
+            time.sleep(SETTLE_INTERVAL_S)
+
+    def _count_crash(self, job: Job, fault: Exception) -> None:
+        """Stop this worker after crashes of too many different jobs; the retries of one job count once.
+
+        A job that runs alone is suspected already, and says nothing about the process. After one GPU failure every
+        later GPU call of the process fails, so one failure is enough.
+        """
+        if isinstance(fault, ZImageError | DatabaseError):
             return
-        poisoned = type(fault).__name__ == "AcceleratorError" or "CUDA error" in str(fault)
-        self._crashes = CRASHES_AT_MOST if poisoned else self._crashes + 1
+        if not job.isolated:
+            self._crashed.add(job.id)
+        is_cuda_error = isinstance(fault, RuntimeError) and "CUDA error" in str(fault)
+        self._gpu_failed = type(fault).__name__ == "AcceleratorError" or is_cuda_error
         if self.is_broken:
-            log.error("worker.broken", crashes=self._crashes, cause=type(fault).__name__)
-            self._place.shutdown.begin()
-            self._place.on_broken()
+            log.error("worker.failed", crashed_jobs=len(self._crashed), cause=type(fault).__name__)
+            self._context.shutdown.begin()
+            self._context.on_broken()
 
-    def _end(self, lease: Lease, fault: Exception) -> bool:
-        """Every end but success; whether it is certain that this attempt did not succeed.
+    def _record(
+        self, heartbeat: Heartbeat, transition: states.Transition, write: Callable[[Transaction], Job | None]
+    ) -> Job:
+        """Return the job after `write` has recorded `transition`. Raises `LeaseLost` and `DatabaseError`."""
+        job = record(self._context.database, heartbeat, {transition.event}, write)
+        if job is None:
+            raise LeaseLost("the lease of this job was lost")
+        return job
 
-        What the database does not take now, the lease's end puts right.
+    def _end_unresponsive(self, heartbeat: Heartbeat, fault: ZImageError) -> None:
+        """End the attempt of a thread that does not react, in limited time."""
+        with bound(job_id=str(heartbeat.lease.job_id), attempt=heartbeat.attempt):
+            log.warning("job.unresponsive", reason=fault.message)
+            try:
+                call_within(partial(self._end_attempt, heartbeat, fault), WRITE_TIMEOUT_S, "end-attempt")
+            except TimeoutError as timeout:
+                log.error("job.end_write_failed", error=str(timeout), cause=type(fault).__name__)
+
+    def _end_attempt(self, heartbeat: Heartbeat, fault: Exception) -> None:
+        """Record the end of an unsuccessful attempt.
+
+        If the database is not available, the job is rescued when its lease expires.
         """
         if isinstance(fault, LeaseLost):
             log.warning("job.lease_lost")
-            return True
+            return
         try:
-            ended = self._written(lease, fault)
-        except SQLAlchemyError as unwritten:
-            log.error("job.end_not_written", error=type(unwritten).__name__, cause=type(fault).__name__)
-            return False
-        log.info("job.ended", status=ended.status if ended else "lease lost", cause=type(fault).__name__)
-        self._place.on_ended()
-        if ended is not None and ended.status == State.QUEUED and ended.stage == Stage.ENCODE:
-            self._place.announce(Stage.ENCODE)
-        return ended is not None
+            job = record(
+                self._context.database, heartbeat, ENDS, partial(self._write_end, lease=heartbeat.lease, fault=fault)
+            )
+        except DatabaseError as database_fault:
+            log.error("job.end_write_failed", error=type(database_fault).__name__, cause=type(fault).__name__)
+            return
+        log.info("job.attempt_ended", status=job.status if job else "lease_lost", cause=type(fault).__name__)
+        self._context.on_ended()
+        if job is not None and job.status == State.QUEUED and job.stage == Stage.ENCODE:
+            self._context.notify(Stage.ENCODE)
 
-    def _written(self, lease: Lease, fault: Exception) -> Job | None:
-        """The job after this end of its attempt; None when the lease was lost."""
-        with self._place.database.write() as transaction:
-            if isinstance(fault, GenerationCanceled):
-                return lifecycle.acknowledge_cancel(transaction, lease)
-            if isinstance(fault, GenerationHandedBack):
-                return lifecycle.hand_back(transaction, lease)
-            if isinstance(fault, EmbeddingLost):
-                return lifecycle.reencode(transaction, lease, _failure(fault))
-            return lifecycle.fail(transaction, lease, _failure(fault), self._place.jobs.retry_delay_s)
-
-    def _put(self, key: str, content: bytes, content_type: str, pulse: Pulse, give_up_at: float) -> None:
-        """Stores an object; tries again until `give_up_at` (monotonic), while nothing calls the job off."""
-        for attempt in count():
-            try:
-                self._place.storage.put(key, content, content_type)
-                return
-            except StorageError as fault:
-                pulse.check()
-                if time.monotonic() >= give_up_at:
-                    raise
-                log.warning("upload.failed", key=key, error=fault.message)
-                pause_s = UPLOAD_BACKOFF_S[min(attempt, len(UPLOAD_BACKOFF_S) - 1)]
-                if self._place.shutdown.wait(pause_s):
-                    time.sleep(UPLOAD_BACKOFF_S[0])
-
-    def _delete(self, keys: Iterable[str]) -> None:
-        """As well as it goes: what stays behind costs space, not a job."""
-        try:
-            self._place.storage.delete(keys)
-        except StorageError as fault:
-            log.warning("leftovers.stay", error=fault.message)
+    def _write_end(self, transaction: Transaction, lease: Lease, fault: Exception) -> Job | None:
+        """Return the job after the attempt, or None if the lease is lost."""
+        if isinstance(fault, GenerationCanceled):
+            return lifecycle.acknowledge_cancel(transaction, lease)
+        if isinstance(fault, GenerationReleased):
+            return lifecycle.release(transaction, lease)
+        if isinstance(fault, EmbeddingLost):
+            return lifecycle.reencode(transaction, lease, _failure(fault))
+        return lifecycle.fail(transaction, lease, _failure(fault), self._context.jobs.retry_delay_s)
 
 
 def waited_ms(job: Job) -> int:
-    """How long a claimed job had waited since it was due."""
+    """Return how long a claimed job waited after it was due, in milliseconds."""
     assert job.started_at is not None, "a claimed job has started"
+    assert job.available_at is not None, "a claimed job was due"
     return milliseconds((job.started_at - job.available_at).total_seconds())
 
 
 def milliseconds(seconds: float) -> int:
-    """Rounded to whole ones, as metrics are kept."""
+    """Convert seconds to whole milliseconds, the unit of metrics."""
     return round(seconds * 1000)
 
 
 def _failure(fault: Exception) -> Failure:
+    """Describe the end of an attempt. It is not charged if a service was away, which is not the job's fault."""
     if isinstance(fault, ZImageError):
-        return Failure(fault.code, fault.message, fault.retryable)
+        message = excerpt(fault.message, LONGEST_MESSAGE)
+        return Failure(fault.code, message, fault.retryable, charged=not isinstance(fault, StorageError))
+    if isinstance(fault, DatabaseError):
+        log.error("job.database_failed", error=type(fault).__name__)
+        return Failure("database_unavailable", "the database did not answer the worker", retryable=True, charged=False)
     log.error("job.crashed", exc_info=fault)
-    return Failure("internal_error", f"the worker failed unexpectedly ({type(fault).__name__})", retryable=True)
+    message = f"the worker failed unexpectedly ({type(fault).__name__}); its log has the details"
+    return Failure("internal_error", message, retryable=True)

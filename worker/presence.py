@@ -1,19 +1,18 @@
-"""This worker's sign on the list of workers, renewed every few seconds by a thread of its own."""
+"""Registration of this worker in the list of workers, renewed every few seconds."""
 
-import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from sqlalchemy.exc import SQLAlchemyError
-
+from worker.periodic import PeriodicTask
 from worker.shutdown import Shutdown
-from zcore.jobs import presence
-from zcore.jobs.database import Database
+from zcore.jobs import workers
+from zcore.jobs.database import Database, DatabaseError
+from zcore.jobs.workers import CacheCounts
 from zcore.stages import Stage
 from zcore.telemetry import log
 
 
 class Presence:
-    """Shows the worker from `start` to `stop`."""
+    """This worker's entry in the list of workers, from `start` to `stop`."""
 
     def __init__(
         self,
@@ -23,34 +22,32 @@ class Presence:
         device: str,
         stages: Collection[Stage],
         shutdown: Shutdown,
+        cache_counts: Callable[[], CacheCounts],
     ) -> None:
         self._database = database
         self._name = name
         self._model = model
         self._device = device
         self._stages = stages
-        self._shutdown = shutdown
-        self._thread = threading.Thread(target=self._show_on, name="presence", daemon=True)
+        self._cache_counts = cache_counts
+        self._task = PeriodicTask("presence", self._renew, workers.REPORT_INTERVAL_S, shutdown, run_at_start=True)
 
     def start(self) -> None:
-        """On the list from now on."""
-        self._thread.start()
+        """Add the worker to the list, and renew its entry until shutdown begins."""
+        self._task.start()
 
     def stop(self) -> None:
-        """Off the list, once shutdown has begun."""
-        self._thread.join()
+        """Remove the worker from the list."""
+        self._task.stop()
         try:
             with self._database.write() as transaction:
-                presence.leave(transaction, self._name)
-        except SQLAlchemyError as fault:
-            log.warning("presence.failed", error=type(fault).__name__)
+                workers.remove(transaction, self._name)
+        except DatabaseError as fault:
+            log.warning("presence.removal_failed", error=type(fault).__name__)
 
-    def _show_on(self) -> None:
-        while True:
-            try:
-                with self._database.write() as transaction:
-                    presence.show(transaction, self._name, self._model, self._device, self._stages)
-            except SQLAlchemyError as fault:
-                log.warning("presence.failed", error=type(fault).__name__)
-            if self._shutdown.wait(presence.SHOWN_EVERY_S):
-                return
+    def _renew(self) -> None:
+        try:
+            with self._database.write() as transaction:
+                workers.report(transaction, self._name, self._model, self._device, self._stages, self._cache_counts())
+        except DatabaseError as fault:
+            log.warning("presence.renewal_failed", error=type(fault).__name__)

@@ -1,28 +1,28 @@
-"""The doorbell: a Celery app that both processes agree on, and a thread that rings it.
+"""The broker: a Celery app shared by the server and the workers, and a thread that publishes notifications.
 
-Takes the broker's settings; gives the app, the names on it, and `Doorbell`. A ring carries nothing that the database
-does not know better: it only wakes a worker of the stage it is for, which then claims what is due. Lost, doubled and
-late rings are harmless. Contains no task code.
+A notification carries no data: it makes a worker of the given stage claim due jobs from the database. Lost, duplicate
+and late notifications are harmless. Contains no task code.
 """
 
 import contextlib
 import queue
 import threading
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 from celery import Celery
 
+from zcore.broker_transports import DRAIN_TASK, FOLDER_TRANSPORT, REDIS_TRANSPORT, SENTINEL_TRANSPORT
 from zcore.settings import Settings
 from zcore.stages import Stage
 from zcore.telemetry import log
 
-DRAIN_TASK = "zimage.drain"
-# A ring that nobody heard for this long is worth nothing: the clock rings again for jobs that still wait.
-RING_LIFE_S = 60
-PENDING_RINGS = 64
+# An unread notification expires: maintenance notifies idle workers again of jobs that are still queued.
+NOTIFICATION_TTL_S = 60
+MAX_PENDING_NOTIFICATIONS = 64
 REDIS_OPTIONS: dict[str, Any] = {
-    # A hung Redis must not hold a publisher: without these a publish blocked for more than 45 s.
+    # A hung Redis must not block a publisher: without these, publishing blocked for more than 45 s.
     "socket_timeout": 5,
     "socket_connect_timeout": 2,
     "socket_keepalive": True,
@@ -31,79 +31,101 @@ REDIS_OPTIONS: dict[str, Any] = {
 }
 
 
-def queue_of(stage: Stage) -> str:
-    """The queue in which the rings for one stage wait."""
+def queue_name(stage: Stage) -> str:
+    """Return the name of the queue for the notifications of one stage."""
     return f"zimage.{stage}"
 
 
 def make_app(settings: Settings) -> Celery:
-    """The Celery app of this installation; a folder in `data_dir` is the broker where no URL is set."""
+    """Return the Celery app of this installation. If no broker URL is set, the broker is a folder in `data_dir`."""
+    transport, options = _transport(settings)
     app = Celery("zimage", broker=settings.broker.url or "filesystem://localhost")
-    options: dict[str, Any] = {}
-    if not settings.broker.url:
-        options = _folder_options(settings.data_path / "broker")
-    elif settings.broker.url.startswith(("redis", "rediss", "sentinel")):
-        options = REDIS_OPTIONS
     app.conf.update(
+        broker_transport=transport,
         broker_transport_options=options,
-        # A worker waits for its broker as long as it takes; the database lets no job be lost meanwhile.
+        # A worker waits for its broker indefinitely; meanwhile no job is lost, since jobs are in the database.
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        task_default_queue=queue_of(Stage.GENERATE),
+        task_default_queue=queue_name(Stage.GENERATE),
         task_ignore_result=True,
-        # Acknowledged when taken: who works on what is the database's business, and a lost ring is rung again.
+        # Acknowledged on receipt: the database assigns jobs, and maintenance repeats lost notifications.
         task_acks_late=False,
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         worker_send_task_events=False,
+        # Whoever reaches the broker could otherwise stop every worker.
+        worker_enable_remote_control=False,
     )
     return app
 
 
-class Doorbell:
-    """Rings from a thread of its own, so that neither a slow nor a dead broker can hold a request."""
+class Notifier:
+    """Publisher of notifications in a background thread, so that a slow or dead broker cannot block a request."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self._pending: queue.Queue[Stage | None] = queue.Queue(maxsize=PENDING_RINGS)
-        self._thread = threading.Thread(target=self._ring_on, name="doorbell", daemon=True)
+        self._pending: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=MAX_PENDING_NOTIFICATIONS)
+        self._thread = threading.Thread(target=self._publish_pending, name="notifier", daemon=True)
         self._thread.start()
 
-    def announce(self, stage: Stage) -> None:
-        """Wakes one worker of `stage`, soon. Never blocks, never raises: one more ring than many adds nothing."""
-        with contextlib.suppress(queue.Full):
-            self._pending.put_nowait(stage)
+    def notify(self, stage: Stage) -> None:
+        """Notify one worker of `stage` soon. Never blocks or raises: if too many are pending, this one is dropped."""
+        self._soon(partial(self._publish, stage))
+
+    def notify_again(self, stage: Stage, unread: int) -> None:
+        """Publish notifications of `stage` soon, until as many as `unread` are unread; otherwise as `notify`.
+
+        However long nobody reads them, no more than that pile up.
+        """
+        self._soon(partial(self._fill_up, stage, unread))
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Rings what is pending and ends the thread; with a broker that does not answer, gives up after a while."""
+        """Publish the pending notifications, then end the thread; wait at most `timeout_s` for each of the two."""
         try:
             self._pending.put(None, timeout=timeout_s)
         except queue.Full:
             return
         self._thread.join(timeout_s)
 
-    def _ring_on(self) -> None:
-        while (stage := self._pending.get()) is not None:
+    def _soon(self, publish: Callable[[], None]) -> None:
+        with contextlib.suppress(queue.Full):
+            self._pending.put_nowait(publish)
+
+    def _publish_pending(self) -> None:
+        while (publish := self._pending.get()) is not None:
             try:
-                self._app.send_task(
-                    DRAIN_TASK,
-                    queue=queue_of(stage),
-                    expires=RING_LIFE_S,
-                    retry_policy={"max_retries": 1, "interval_start": 0.1},
-                )
+                publish()
             except Exception as fault:
-                # Whatever it was (a full Redis answers with errors of its own kind): the next ring is another matter.
-                log.warning("doorbell.failed", error=f"{type(fault).__name__}: {fault}")
+                # No error may end the thread, whatever its class: a full Redis, for example, raises classes of its own.
+                log.warning("notifier.failed", error=f"{type(fault).__name__}: {fault}")
+
+    def _publish(self, stage: Stage) -> None:
+        self._app.send_task(
+            DRAIN_TASK,
+            queue=queue_name(stage),
+            expires=NOTIFICATION_TTL_S,
+            retry_policy={"max_retries": 1, "interval_start": 0.1},
+        )
+
+    def _fill_up(self, stage: Stage, unread: int) -> None:
+        for _ in range(self._count_unread(stage), unread):
+            self._publish(stage)
+
+    def _count_unread(self, stage: Stage) -> int:
+        connection: Any
+        with cast(Any, self._app).connection_or_acquire() as connection:
+            # As Celery declares it, not passively: then kombu asks Redis for the key without its prefix.
+            declared = connection.default_channel.queue_declare(queue_name(stage), durable=True, auto_delete=False)
+            return declared.message_count
 
 
-def _folder_options(folder: Path) -> dict[str, Any]:
-    """kombu's filesystem transport: both ends use one folder, looked at twenty times a second."""
-    for name in ("queue", "processed", "control"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    return {
-        "data_folder_in": str(folder / "queue"),
-        "data_folder_out": str(folder / "queue"),
-        "processed_folder": str(folder / "processed"),
-        "control_folder": str(folder / "control"),
-        "polling_interval": 0.05,
-    }
+def _transport(settings: Settings) -> tuple[str | None, dict[str, Any]]:
+    """Return the transport of the broker and its options; None leaves the choice to the URL."""
+    url = settings.broker.url
+    if not url:
+        folder = settings.data_path / "broker" / "queue"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FOLDER_TRANSPORT, {"folder": str(folder), "polling_interval": 0.05}
+    if url.startswith("sentinel"):
+        return SENTINEL_TRANSPORT, REDIS_OPTIONS
+    return (REDIS_TRANSPORT, REDIS_OPTIONS) if url.startswith("redis") else (None, {})

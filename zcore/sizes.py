@@ -1,17 +1,18 @@
-"""Picture sizes by name: aspect ratios, the presets of the published model's demo, and `1024x768` as text.
+"""Image sizes by name: aspect ratios, the presets of the published model's demo, and `1024x768` as text.
 
-Takes what a person says about a size; gives width and height in pixels, multiples of 16. Plain arithmetic; knows no
-request and no operator's limit.
+Takes the text of a size; returns width and height in pixels. Depends on neither requests nor the operator's limits.
 
-The table is that of the official demo (Tongyi-MAI/Z-Image-Turbo): three resolution classes that the model was trained
-around. Other classes follow by area: both sides keep the ratio as well as multiples of 16 allow, and their product is
-about resolution x resolution.
+The table is that of the official demo (Tongyi-MAI/Z-Image-Turbo): the three resolution classes around which the model
+was trained. Sizes of other classes are derived by area: both sides keep the ratio as closely as multiples of 16 allow,
+and their product is about resolution x resolution.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import isqrt, sqrt
+
+from zcore.errors import did_you_mean
 
 SIDE_MULTIPLE_PX = 16
 SMALLEST_SIDE_PX = 64
@@ -20,7 +21,7 @@ LARGEST_SIDE_PX = 8192
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Pixels."""
+    """Width and height in pixels."""
 
     width: int
     height: int
@@ -52,7 +53,7 @@ TRAINED: Mapping[int, Mapping[str, Size]] = {
         "21:9": Size(2016, 864),
     },
 }
-"""Landscape sizes by resolution class and ratio; a portrait is its landscape turned."""
+"""Landscape sizes by resolution class and ratio; a portrait swaps the sides of its landscape."""
 
 RATIOS = (*TRAINED[1024], "7:9", "3:4", "2:3", "9:16", "9:21")
 PRESETS: Mapping[str, str] = {
@@ -66,37 +67,56 @@ PRESETS: Mapping[str, str] = {
     "portrait_16_9": "9:16",
     "portrait_21_9": "9:21",
 }
-"""Names that other services use, and the ratio that each means."""
+"""Names that other services use, with the ratio of each."""
 
-_PIXELS = re.compile(r"(\d{2,4})[xX×](\d{2,4})")
-_RATIO = re.compile(r"(\d{1,3}):(\d{1,3})")
-_STEEPEST_RATIO = 8.0
+_PIXELS = re.compile(r"([0-9]{1,6})[xX×]([0-9]{1,6})")
+_RATIO = re.compile(r"([0-9]{1,3}):([0-9]{1,3})")
+_STEEPEST_RATIO = 8
+_RATIO_BOUNDS = f"must be a ratio from 1:{_STEEPEST_RATIO} to {_STEEPEST_RATIO}:1"
 
 
 def named_size(name: str, resolution: int) -> Size:
-    """The size that a preset, a ratio (`16:9`) or a pair of sides (`1024x768`) means.
+    """Return the size of a preset, a ratio (`16:9`) or a pair of sides (`1024x768`).
 
-    `resolution` is the side of the square of the same area, in pixels; a pair of sides does not need it. Raises
-    ValueError with a sentence for a person; bounds of sides are left to whoever asks.
+    `resolution` is the side in pixels of the square of the same area; a pair of sides ignores it, and is returned
+    without a check of its bounds. Raises ValueError with a message for callers.
     """
     if found := _PIXELS.fullmatch(name):
         return Size(int(found[1]), int(found[2]))
-    ratio = PRESETS.get(name, name)
-    found = _RATIO.fullmatch(ratio)
+    found = _RATIO.fullmatch(PRESETS.get(name, name))
     if found is None:
-        raise ValueError(f"`{name}` is neither WIDTHxHEIGHT, nor a ratio as 16:9, nor one of {', '.join(PRESETS)}")
+        presets = ", ".join(PRESETS)
+        raise ValueError(
+            f"must be WIDTHxHEIGHT, a ratio such as 16:9, auto, or one of {presets}{did_you_mean(name, PRESETS)}"
+        )
     across, down = int(found[1]), int(found[2])
-    if not across or not down or not 1 / _STEEPEST_RATIO <= across / down <= _STEEPEST_RATIO:
-        raise ValueError(f"the ratio {name} is outside 1:8 to 8:1")
+    if across > down * _STEEPEST_RATIO or not down:
+        raise ValueError(f"{_RATIO_BOUNDS}; the nearest is {_STEEPEST_RATIO}:1")
+    if down > across * _STEEPEST_RATIO:
+        raise ValueError(f"{_RATIO_BOUNDS}; the nearest is 1:{_STEEPEST_RATIO}")
     return _trained(across, down, resolution) or _by_area(across / down, resolution)
+
+
+def largest_size(width: int, height: int, max_pixels: int) -> Size:
+    """Return the largest valid size of at most `max_pixels` (64 x 64 or more) with about the same ratio."""
+    if width < height:
+        landscape = largest_size(height, width, max_pixels)
+        return Size(landscape.height, landscape.width)
+    longer = _rounded_down(isqrt(max_pixels * width // height))
+    shorter = max(min(_side(longer * height / width), _rounded_down(max_pixels // longer)), SMALLEST_SIDE_PX)
+    return Size(min(longer, _rounded_down(max_pixels // shorter)), shorter)
+
+
+def _rounded_down(side_px: int) -> int:
+    return side_px // SIDE_MULTIPLE_PX * SIDE_MULTIPLE_PX
 
 
 def _trained(across: int, down: int, resolution: int) -> Size | None:
     table = TRAINED.get(resolution, {})
     if found := table.get(f"{across}:{down}"):
         return found
-    turned = table.get(f"{down}:{across}")
-    return Size(turned.height, turned.width) if turned else None
+    landscape = table.get(f"{down}:{across}")
+    return Size(landscape.height, landscape.width) if landscape else None
 
 
 def _by_area(ratio: float, resolution: int) -> Size:

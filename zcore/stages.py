@@ -1,13 +1,18 @@
-"""The two parts of a job that machines of different kinds do.
+"""Stages of a job. Different workers may serve different stages.
 
-Gives `Stage`. The settings say which a worker does, a job which it is at, and the doorbell has a queue for each.
+The settings name the stages of a worker, a job records the stage it is at, and each stage has its own broker queue.
 """
 
 from enum import StrEnum
+from typing import Literal
 
 
 class Stage(StrEnum):
-    """What is done next: the prompt's embedding, which needs no GPU, or the pictures."""
+    """Next step of a job: encoding the prompt, which needs no GPU, or generating the images."""
 
     ENCODE = "encode"
     GENERATE = "generate"
+
+
+Phase = Literal["encode", "denoise", "decode"]
+"""Part of the work on a job that its progress names."""

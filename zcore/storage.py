@@ -1,71 +1,145 @@
-"""Where pictures lie: an S3-compatible bucket, or a directory that the API serves by signed, expiring links.
+"""Object storage: an S3-compatible bucket, or a directory that the API serves through signed, expiring links.
 
-Takes keys and bytes; gives bytes and links. The two kinds behave alike: a put is whole or not there, a delete of
-nothing is no error, a link works without a key until it expires. Does not know jobs, and does not retry beyond what the
-S3 client itself does.
+Both behave alike: a put is atomic, deleting a missing object is not an error, and a link works without an API key until
+it expires. Does not know jobs, and does not retry beyond what the S3 client does.
 """
 
+import base64
 import contextlib
 import hashlib
 import hmac
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
-from urllib.parse import quote, urlencode
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, cast
+from urllib.parse import quote, urlencode, urlsplit
 
 import boto3
+from botocore import UNSIGNED
+from botocore.auth import SIGV4_TIMESTAMP, S3SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError
 
+from zcore.api_paths import FILES_PATH
 from zcore.errors import ConfigurationError, InvalidLink, NotFound, StorageError
-from zcore.settings import Settings, StorageSettings
+from zcore.settings import Settings, StorageSettings, is_loopback
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
-FILES_ROUTE = "/files"
-FOLDER_MADE_AT_MOST = 20
-DELETED_AT_ONCE = 1000  # the most that one S3 DeleteObjects call takes
+OPEN_ATTEMPTS = 20
+MAX_CONCURRENT_DELETES = 8
+TRIES = 2
+CONNECT_TIMEOUT_S = 3
+READ_TIMEOUT_S = 10
+LONGEST_LINK_WINDOW_S = 900
+LONGEST_LINK_S = 604_800
+"""A week: the longest time for which S3 accepts a presigned URL."""
+STARTUP_PROBE_KEY = "startup-probe"
+"""Key that is read at startup and never written."""
+DRAFT_NAME = re.compile(r"\..+\.[0-9a-f]{16}")
+"""Name of a file that is still being written: a dot, the name that it will get, and a random suffix."""
+CREDENTIAL_CODES = frozenset(
+    ["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity", "InvalidToken", "ExpiredToken"]
+)
+"""S3 error codes that mean wrong credentials, in contrast to a missing permission."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link to an object that works without a key until `expires_at`."""
+    """Presigned URLs of an object, valid without an API key until `expires_at`.
+
+    A browser shows the object at `url`, and saves it as a file when it is sent to `download_url`.
+    """
 
     url: str
+    download_url: str
     expires_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class LinkPeriod:
+    """The time in which a link is valid; `expires_at` is `lifetime_s` after `signed_at`."""
+
+    signed_at: datetime
+    lifetime_s: int
+    expires_at: datetime
+
+
+def link_period(link_expiry_s: int, now: datetime) -> LinkPeriod:
+    """Return the period of a link made `now` that has to be valid for at least `link_expiry_s`, in whole seconds.
+
+    All links of a time window have the same period. The same object therefore has the same link, and caches know it
+    again. The window is a quarter of `link_expiry_s`, at most a quarter of an hour.
+    """
+    window_s = max(1, min(LONGEST_LINK_WINDOW_S, link_expiry_s // 4))
+    signed_at = int(now.timestamp()) // window_s * window_s
+    lifetime_s = min(link_expiry_s + window_s, LONGEST_LINK_S)
+    return LinkPeriod(
+        datetime.fromtimestamp(signed_at, UTC), lifetime_s, datetime.fromtimestamp(signed_at + lifetime_s, UTC)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object in a listing; `modified_at` is the time at which it was stored.
+
+    A draft is what a put left that did not end; only listing and deletion know it.
+    """
+
+    key: str
+    modified_at: datetime
+    is_draft: bool = False
+
+
 class Storage(Protocol):
-    """What the product asks of an object store. Every method raises `StorageError` when the store does not answer."""
+    """Object store. Every method raises `StorageError` if the store does not answer."""
 
     def prepare(self) -> None:
-        """Makes the bucket or directory if it is not there."""
+        """Create the bucket or directory if it does not exist."""
         ...
 
     def put(self, key: str, content: bytes, content_type: str) -> None:
-        """Stores an object; one of the same key is replaced."""
+        """Store an object; an existing one with the same key is replaced.
+
+        Returns once the store holds the object completely. Raises `StorageError` if it holds something else.
+        """
         ...
 
     def get(self, key: str) -> bytes:
-        """The object's bytes. Raises `NotFound`."""
+        """Return the object's bytes. Raises `NotFound`."""
         ...
 
-    def link(self, key: str) -> Link:
-        """A link of now. Does not look whether the object is there."""
+    def link(self, key: str, name: str) -> Link:
+        """Return a link under which browsers save the object as the file `name` (ASCII, without quotes).
+
+        Does not check whether the object exists.
+        """
         ...
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Deletes objects; those that are not there are no error."""
+        """Delete objects; missing ones are ignored."""
+        ...
+
+    def list_objects(self, prefix: str, after: str, limit: int) -> list[StoredObject] | None:
+        """Return up to `limit` objects whose keys begin with `prefix` and come after `after`, in the order of keys.
+
+        Returns None if the store does not list its objects, or not for these credentials.
+        """
         ...
 
 
 def open_storage(settings: Settings, link_key: str) -> Storage:
-    """The store that the settings name: a bucket where there is one, else a directory in `data_dir`."""
+    """Return the configured store: a bucket if the settings name one, else a directory in `data_dir`."""
     if settings.storage.bucket:
         return BucketStorage(settings.storage)
     return DirectoryStorage(
@@ -74,25 +148,25 @@ def open_storage(settings: Settings, link_key: str) -> Storage:
 
 
 class DirectoryStorage:
-    """Objects as files below one directory. Links lead to the API, which checks them with `open_link`."""
+    """Objects as files below one directory; links lead to the API, which checks them with `open_link`."""
 
     def __init__(self, root: Path, public_url: str, link_key: str, link_expiry_s: int) -> None:
         self._root = root
         self._public_url = public_url
         self._link_key = link_key.encode()
-        self._link_expiry = timedelta(seconds=link_expiry_s)
+        self._link_expiry_s = link_expiry_s
 
     def prepare(self) -> None:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
-            raise ConfigurationError(f"data_dir: {self._root} cannot be made: {fault.strerror}") from fault
+            raise ConfigurationError(f"data_dir: {self._root} cannot be created: {fault.strerror}") from fault
 
     def put(self, key: str, content: bytes, content_type: str) -> None:
         path = self._path(key)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            with _opened(draft) as file:
+            with _open_new(draft) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -110,11 +184,16 @@ class DirectoryStorage:
         except OSError as fault:
             raise StorageError(f"{key}: cannot be read: {fault.strerror}") from fault
 
-    def link(self, key: str) -> Link:
-        expires_at = (datetime.now(UTC) + self._link_expiry).replace(microsecond=0)
+    def link(self, key: str, name: str) -> Link:
+        expires_at = link_period(self._link_expiry_s, datetime.now(UTC)).expires_at
         expires = int(expires_at.timestamp())
-        query = urlencode({"expires": expires, "signature": self._signature(_checked(key), expires)})
-        return Link(f"{self._public_url}{FILES_ROUTE}/{quote(key)}?{query}", expires_at)
+
+        def signed(disposition: str) -> str:
+            signature = self._signature(_checked(key), expires, disposition)
+            query = urlencode({"expires": expires, "disposition": disposition, "signature": signature})
+            return f"{self._public_url}{FILES_PATH}/{quote(key)}?{query}"
+
+        return Link(signed(_disposition("inline", name)), signed(_disposition("attachment", name)), expires_at)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -124,23 +203,31 @@ class DirectoryStorage:
             except OSError as fault:
                 raise StorageError(f"{key}: cannot be deleted: {fault.strerror}") from fault
             if path.parent != self._root:
-                # The folder of a job goes with its last picture.
+                # A job's folder is removed with its last object.
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
 
-    def open_link(self, key: str, expires: int, signature: str) -> Path:
-        """The file behind a link. Raises `InvalidLink` for a wrong or old signature, `NotFound` for a purged object."""
-        if not hmac.compare_digest(self._signature(key, expires).encode(), signature.encode()):
-            raise InvalidLink("the link's signature does not fit")
-        if expires < datetime.now(UTC).timestamp():
-            raise InvalidLink("the link has expired; the job's own address gives a fresh one")
-        path = self._path(key)
-        if not path.is_file():
-            raise NotFound(f"there is no object {key}")
-        return path
+    def list_objects(self, prefix: str, after: str, limit: int) -> list[StoredObject]:
+        try:
+            return list(islice(_files(self._root, "", prefix, after), limit))
+        except OSError as fault:
+            raise StorageError(f"{self._root}: cannot be listed: {fault.strerror}") from fault
 
-    def _signature(self, key: str, expires: int) -> str:
-        return hmac.new(self._link_key, f"{key}\n{expires}".encode(), hashlib.sha256).hexdigest()
+    def open_link(self, key: str, expires: int, disposition: str, signature: str) -> BinaryIO:
+        """Open the linked file. Raises `InvalidLink` if altered or expired, `NotFound` if the object is gone."""
+        if not hmac.compare_digest(self._signature(key, expires, disposition).encode(), signature.encode()):
+            raise InvalidLink("the signature of the link is not valid")
+        if expires < datetime.now(UTC).timestamp():
+            raise InvalidLink("the link has expired; GET the job again for a new one")
+        try:
+            return self._path(key).open("rb")
+        except (FileNotFoundError, IsADirectoryError) as fault:
+            raise NotFound(f"there is no object {key}") from fault
+        except OSError as fault:
+            raise StorageError(f"{key}: cannot be read: {fault.strerror}") from fault
+
+    def _signature(self, key: str, expires: int, disposition: str) -> str:
+        return hmac.new(self._link_key, f"{key}\n{expires}\n{disposition}".encode(), hashlib.sha256).hexdigest()
 
     def _path(self, key: str) -> Path:
         return self._root / _checked(key)
@@ -149,72 +236,143 @@ class DirectoryStorage:
 class BucketStorage:
     """Objects in an S3-compatible bucket.
 
-    Links are presigned GETs, for `public_endpoint_url` where callers need another.
+    Uses only what every such store offers, whatever its age: plain bodies instead of `aws-chunked` ones, Content-MD5
+    instead of newer checksums, and one DELETE per object, because stores disagree on the checksum that a bulk deletion
+    requires and some have none. Needs the rights to put, get and delete objects, and no other if the bucket exists;
+    objects that belong to no row are found only with the right to list them.
+
+    Links are presigned GET URLs of `public_endpoint_url` if set, else of `endpoint_url`.
     """
 
     def __init__(self, settings: StorageSettings) -> None:
         self._bucket = settings.bucket
         self._region = settings.region
         self._link_expiry_s = settings.link_expiry_s
-        self._client = _client(settings, settings.endpoint_url)
-        public = settings.public_endpoint_url
-        self._public_client = _client(settings, public) if public else self._client
+        self._credentials = _credentials(settings)
+        self._client = _client(settings, settings.endpoint_url, "s3v4")
+        self._public_url = _bucket_url(settings)
 
     def prepare(self) -> None:
         try:
-            self._client.head_bucket(Bucket=self._bucket)
+            # The answer distinguishes wrong credentials, a missing bucket and missing permissions. Asking for the
+            # bucket itself does not, and takes a permission that nothing else needs.
+            self._client.get_object(Bucket=self._bucket, Key=STARTUP_PROBE_KEY)
         except ClientError as fault:
-            if _status(fault) in (401, 403):
+            if _code(fault) in CREDENTIAL_CODES or _status(fault) == 401:
                 raise ConfigurationError(
-                    f"storage.access_key_id, secret_access_key: give no access to bucket {self._bucket}: {fault}"
+                    f"storage.access_key_id, secret_access_key: do not give access to bucket {self._bucket}: {fault}"
                 ) from fault
-            if _status(fault) != 404:
+            if _code(fault) == "NoSuchBucket":
+                self._create_bucket()
+            elif _status(fault) not in (403, 404):  # 403 without the right to list; either way there is no such object
                 raise StorageError(f"bucket {self._bucket}: {fault}") from fault
-            self._create_bucket()
         except BotoCoreError as fault:
             raise StorageError(f"bucket {self._bucket}: {fault}") from fault
 
     def put(self, key: str, content: bytes, content_type: str) -> None:
-        with _Faults(_checked(key)):
-            self._client.put_object(Bucket=self._bucket, Key=key, Body=content, ContentType=content_type)
+        md5 = hashlib.md5(content, usedforsecurity=False)
+        with _ClientErrors(_checked(key)):
+            answer = self._client.put_object(
+                Bucket=self._bucket,
+                Key=key,
+                Body=content,
+                ContentType=content_type,
+                ContentMD5=base64.b64encode(md5.digest()).decode(),
+            )
+        # Most stores return the MD5 of what they stored. The ETag of an encrypted or divided object is something else.
+        if answer.get("ETag", "").strip('"').lower() != md5.hexdigest():
+            self._verify_size(key, len(content))
 
     def get(self, key: str) -> bytes:
-        with _Faults(_checked(key)):
+        with _ClientErrors(_checked(key)):
             return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
 
-    def link(self, key: str) -> Link:
-        expires_at = (datetime.now(UTC) + timedelta(seconds=self._link_expiry_s)).replace(microsecond=0)
-        with _Faults(_checked(key)):
-            url = self._public_client.generate_presigned_url(
-                "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=self._link_expiry_s
+    def link(self, key: str, name: str) -> Link:
+        period = link_period(self._link_expiry_s, datetime.now(UTC))
+
+        def signed(disposition: str) -> str:
+            response_headers = {
+                "response-cache-control": "private",
+                "response-content-disposition": disposition,
+                # Not max-age, which would begin when the object is read and could end after the link.
+                "response-expires": format_datetime(period.expires_at, usegmt=True),
+            }
+            request: Any = AWSRequest("GET", f"{self._public_url}/{quote(key)}", params=response_headers)
+            _PeriodAuth(self._credentials, self._region, period).add_auth(request)
+            return request.url
+
+        with _ClientErrors(_checked(key)):
+            return Link(
+                signed(_disposition("inline", name)), signed(_disposition("attachment", name)), period.expires_at
             )
-        return Link(url, expires_at)
 
     def delete(self, keys: Iterable[str]) -> None:
-        wanted = [_checked(key) for key in keys]
-        for start in range(0, len(wanted), DELETED_AT_ONCE):
-            some = wanted[start : start + DELETED_AT_ONCE]
-            with _Faults(some[0]):
-                answer = self._client.delete_objects(
-                    Bucket=self._bucket, Delete={"Objects": [{"Key": key} for key in some], "Quiet": True}
-                )
-            for refused in answer.get("Errors", []):
-                raise StorageError(f"{refused.get('Key')}: {refused.get('Code')}: {refused.get('Message')}")
+        checked = [_checked(key) for key in keys]
+        with ThreadPoolExecutor(MAX_CONCURRENT_DELETES, "storage-delete") as pool:
+            list(pool.map(self._delete, checked))  # the first error cancels those that have not begun
+
+    def list_objects(self, prefix: str, after: str, limit: int) -> list[StoredObject] | None:
+        try:
+            # The first version of this request, which every store has.
+            answer = self._client.list_objects(Bucket=self._bucket, Prefix=prefix, Marker=after, MaxKeys=limit)
+        except ClientError as fault:
+            if _status(fault) in (403, 405, 501):
+                return None
+            raise StorageError(f"bucket {self._bucket}: {fault}") from fault
+        except BotoCoreError as fault:
+            raise StorageError(f"bucket {self._bucket}: {fault}") from fault
+        contents: Any = answer.get("Contents", [])
+        return [StoredObject(found["Key"], found["LastModified"]) for found in contents]
+
+    def _delete(self, key: str) -> None:
+        with contextlib.suppress(NotFound), _ClientErrors(key):
+            self._client.delete_object(Bucket=self._bucket, Key=key)
+
+    def _verify_size(self, key: str, size: int) -> None:
+        """Compare the size of a stored object; delete it and raise `StorageError` if it differs."""
+        try:
+            with _ClientErrors(key):
+                stored = self._client.head_object(Bucket=self._bucket, Key=key)["ContentLength"]
+        except NotFound as fault:
+            raise StorageError(f"{key}: the store accepted the object but does not have it") from fault
+        if stored != size:
+            with contextlib.suppress(StorageError):
+                self._delete(key)
+            raise StorageError(f"{key}: the store corrupted the object: {size} bytes were sent, {stored} are stored")
 
     def _create_bucket(self) -> None:
-        with _Faults(self._bucket):
-            if self._region == "us-east-1":
-                self._client.create_bucket(Bucket=self._bucket)
-            else:
-                # boto3 types the region as an enumeration of AWS's own; other stores name theirs freely.
-                self._client.create_bucket(
-                    Bucket=self._bucket,
-                    CreateBucketConfiguration={"LocationConstraint": self._region},  # pyright: ignore[reportArgumentType]
-                )
+        # boto3 types the region as one of AWS's; other stores use any name.
+        options: Any = (
+            {} if self._region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": self._region}}
+        )
+        try:
+            self._client.create_bucket(Bucket=self._bucket, **options)
+        except ClientError as fault:
+            if _status(fault) in (401, 403):
+                raise ConfigurationError(
+                    f"storage.bucket: there is no bucket {self._bucket}, and storage.access_key_id may not create it; "
+                    f"create it or correct the name: {fault}"
+                ) from fault
+            if _status(fault) != 409:  # another process has created it in the meantime
+                raise StorageError(f"bucket {self._bucket}: {fault}") from fault
+        except BotoCoreError as fault:
+            raise StorageError(f"bucket {self._bucket}: {fault}") from fault
 
 
-class _Faults:
-    """Turns the client's exceptions into ours."""
+class _PeriodAuth(S3SigV4QueryAuth):
+    """Signs a URL for a given period. Its base class always signs for a period that begins now."""
+
+    def __init__(self, credentials: Any, region: str, period: LinkPeriod) -> None:
+        super().__init__(credentials, "s3", region, expires=period.lifetime_s)
+        self._timestamp = period.signed_at.strftime(SIGV4_TIMESTAMP)
+
+    def _modify_request_before_signing(self, request: Any) -> None:
+        request.context["timestamp"] = self._timestamp
+        cast(Any, super())._modify_request_before_signing(request)
+
+
+class _ClientErrors:
+    """Context manager that converts the S3 client's exceptions into ours."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -239,24 +397,62 @@ def _code(fault: ClientError) -> str:
     return fault.response.get("Error", {}).get("Code", "")
 
 
-def _opened(draft: Path) -> BinaryIO:
-    """A new file in its folder, made again where that goes with its last other file at this very moment."""
-    for _ in range(FOLDER_MADE_AT_MOST):
+def _open_new(draft: Path) -> BinaryIO:
+    """Open a new file; its folder is created again if a concurrent delete of its last object removes it."""
+    for _ in range(OPEN_ATTEMPTS):
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             draft.parent.mkdir(parents=True, exist_ok=True)
             return draft.open("wb")
     return draft.open("wb")
 
 
+def _files(folder: Path, folder_key: str, prefix: str, after: str) -> Iterator[StoredObject]:
+    """Yield the files below a folder in the order of their keys, beginning after `after`."""
+    try:
+        with os.scandir(folder) as entries:
+            # A folder sorts with its slash, as the keys of its files do.
+            found = {f"{folder_key}{entry.name}{'/' if entry.is_dir() else ''}": entry for entry in entries}
+    except FileNotFoundError:
+        return  # deleted with its last object
+    for key, entry in sorted(found.items()):
+        if key.endswith("/"):
+            may_match = key.startswith(prefix) or prefix.startswith(key)
+            if may_match and (key > after or after.startswith(key)):
+                yield from _files(Path(entry.path), key, prefix, after)
+        elif key.startswith(prefix) and key > after:
+            with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+                modified_at = datetime.fromtimestamp(entry.stat().st_mtime, UTC)
+                yield StoredObject(key, modified_at, is_draft=DRAFT_NAME.fullmatch(entry.name) is not None)
+
+
 def _checked(key: str) -> str:
-    """The key, where it names one place below the root, written in the one way. Raises `NotFound`."""
+    """Return the key if it is a normalized path below the root. Raises `NotFound`."""
     if not key or any(part in ("", ".", "..") for part in key.split("/")):
-        raise NotFound(f"`{key}` names no object")
+        raise NotFound(f"`{key}` is not a valid object key")
     return key
 
 
-def _client(settings: StorageSettings, endpoint_url: str) -> "S3Client":
-    connect: Callable[..., S3Client] = cast(Any, boto3).client  # its stub has 400 overloads, most of them unknown
+def _disposition(kind: Literal["inline", "attachment"], name: str) -> str:
+    """Return a Content-Disposition (RFC 6266)."""
+    return f'{kind}; filename="{name}"'
+
+
+def _credentials(settings: StorageSettings) -> Any:
+    """Return the credentials of the settings, or those that the AWS client finds; None if there are none."""
+    if settings.access_key_id:
+        return Credentials(settings.access_key_id, settings.secret_access_key)
+    return cast(Any, boto3).Session().get_credentials()
+
+
+def _bucket_url(settings: StorageSettings) -> str:
+    """Return the URL under which callers reach the bucket, without a slash at its end."""
+    client = _client(settings, settings.public_endpoint_url or settings.endpoint_url, UNSIGNED)
+    url = client.generate_presigned_url("get_object", Params={"Bucket": settings.bucket, "Key": "key"})
+    return url.removesuffix("/key")
+
+
+def _client(settings: StorageSettings, endpoint_url: str, signature_version: Any) -> "S3Client":
+    connect: Callable[..., S3Client] = cast(Any, boto3).client  # its stub has 400 overloads, most with unknown types
     return connect(
         "s3",
         endpoint_url=endpoint_url or None,
@@ -264,11 +460,17 @@ def _client(settings: StorageSettings, endpoint_url: str) -> "S3Client":
         aws_access_key_id=settings.access_key_id or None,
         aws_secret_access_key=settings.secret_access_key or None,
         config=Config(
-            signature_version="s3v4",
+            signature_version=signature_version,
+            # None leaves the choice to the environment, none of whose proxies reaches a server of this host.
+            proxies={} if is_loopback(urlsplit(endpoint_url).hostname or "") else None,
             s3={"addressing_style": settings.addressing_style},
-            retries={"mode": "standard", "max_attempts": 3},
-            connect_timeout=5,
-            read_timeout=30,
+            # A call ends after half a minute at most. Whoever has more patience repeats it.
+            retries={"mode": "standard", "max_attempts": TRIES},
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=READ_TIMEOUT_S,
             max_pool_connections=32,
+            # Otherwise bodies have checksums in `aws-chunked` trailers, which many stores refuse, or store as content.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
         ),
     )

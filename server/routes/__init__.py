@@ -1,1 +1,1 @@
-"""The HTTP interface, one file a subject."""
+"""Routes: translate HTTP to and from the use cases, one module per resource."""

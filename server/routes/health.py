@@ -1,28 +1,44 @@
-"""Whether this process lives, and whether it can accept work."""
+"""Liveness and readiness of this process."""
 
 from litestar import Response, get
-from sqlalchemy.exc import SQLAlchemyError
+from litestar.openapi.datastructures import ResponseSpec
 
-from server.dependencies import NamedDatabase
-from server.schemas import Health
-from zcore.jobs import presence
-
-
-@get("/health/live", tags=["health"], summary="Whether the process answers", sync_to_thread=False)
-def live() -> dict[str, str]:
-    """Always 200: restart the process when this does not answer."""
-    return {"status": "ok"}
+from server.dependencies import NamedDatabase, NamedDrain
+from server.schemas import Health, Liveness
+from zcore.jobs import workers
+from zcore.jobs.database import DatabaseError
+from zcore.telemetry import log
 
 
-@get("/health/ready", tags=["health"], summary="Whether submissions can be accepted", sync_to_thread=True)
-def ready(database: NamedDatabase) -> Response[Health]:
-    """200 when the database takes jobs, else 503.
+@get("/health/live", tags=["health"], summary="Check that the process responds", sync_to_thread=False)
+def check_liveness() -> Liveness:
+    """Always answers 200. Restart the process if it does not answer."""
+    return Liveness()
 
-    Jobs are accepted without workers; `workers` says how many there are.
+
+@get(
+    "/health/ready",
+    tags=["health"],
+    summary="Check that submissions can be accepted",
+    responses={503: ResponseSpec(Health, description="The database takes no jobs, or the process is being stopped")},
+    sync_to_thread=True,
+)
+def check_readiness(database: NamedDatabase, drain: NamedDrain) -> Response[Health]:
+    """Answers 200 if the database takes jobs: it answers, can be written and is migrated. Otherwise 503.
+
+    A process that is being stopped answers 503 too, and accepts submissions for `server.drain_s` seconds more.
+
+    Submissions are accepted even without workers; `workers` is the number of workers that are present.
     """
     try:
-        with database.read() as transaction:
-            workers = len(presence.present(transaction))
-    except SQLAlchemyError:
-        return Response(Health("unavailable", database=False, workers=0), status_code=503)
-    return Response(Health("ok", database=True, workers=workers))
+        reason = database.unready_reason()
+        if reason is None:
+            with database.read() as transaction:
+                present = workers.count_present(transaction)
+            if drain.has_begun:
+                return Response(Health("draining", database=True, workers=present), status_code=503)
+            return Response(Health("ok", database=True, workers=present))
+    except DatabaseError as error:
+        reason = type(error).__name__
+    log.warning("readiness.failed", reason=reason)
+    return Response(Health("unavailable", database=False, workers=0), status_code=503)

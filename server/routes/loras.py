@@ -1,24 +1,28 @@
-"""The library of LoRAs: whoever may submit looks at it, the admin key changes it."""
+"""The LoRA library: every caller may list it; changing it requires the admin key."""
 
 import hashlib
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from litestar import Response, delete, get, post
-from litestar.params import FromPath, QueryParameter, RawBody
+from litestar.params import FromPath, QueryParameter
 
 from server import media_types
-from server.auth import admin_only
-from server.dependencies import NamedDatabase, NamedStorage, Owner
+from server.bodies import BodyRequest
+from server.callers import admin_only
+from server.dependencies import NamedCaller, NamedDatabase, NamedStorage, NamedThreads
 from server.problems import refusal
 from server.schemas import LoraList, RegisteredLora
-from zcore.errors import InvalidRequest
-from zcore.jobs import loras
-from zcore.jobs.loras import UploadedLora
+from zcore.errors import Conflict, FieldError, InvalidRequest, StorageError
+from zcore.jobs import lora_library
+from zcore.jobs.database import Database
+from zcore.jobs.lora_library import UploadedLora
 from zcore.jobs.models import Lora
 from zcore.request import LoraName
-
-HEADER_BYTES_AT_MOST = 100_000_000  # as the format has it
+from zcore.safetensors_header import InvalidSafetensors, read_safetensors_header
+from zcore.storage import Storage
+from zcore.storage_keys import new_lora_key
+from zcore.telemetry import log
 
 
 @post(
@@ -27,45 +31,46 @@ HEADER_BYTES_AT_MOST = 100_000_000  # as the format has it
     status_code=201,
     tags=["loras"],
     summary="Register a LoRA",
-    operation_class=media_types.body_of("The safetensors file", "application/octet-stream"),
+    operation_class=media_types.file_body("The safetensors file", "application/octet-stream"),
     responses={
-        400: refusal("The name is not one that a request can use, or the body is no safetensors file"),
-        401: refusal("No admin key, or a wrong one"),
-        409: refusal("There is another LoRA of that name"),
+        400: refusal("The name is invalid, or the body is not a safetensors file"),
+        409: refusal("A different LoRA already has that name"),
         413: refusal("The body is larger than `lora.max_bytes`"),
         415: refusal("The body is not `application/octet-stream`"),
-        503: refusal("The database or the storage does not answer"),
     },
-    sync_to_thread=True,
 )
-def register_lora(
-    body: RawBody,
+async def register_lora(
+    request: BodyRequest,
     database: NamedDatabase,
     storage: NamedStorage,
-    name: Annotated[str, QueryParameter(max_length=100, description="What requests call it")],
-    licence: Annotated[str, QueryParameter(min_length=1, max_length=10_000, description="Under which it may be used")],
+    threads: NamedThreads,
+    name: Annotated[str, QueryParameter(max_length=100, description="The name that requests use")],
+    licence: Annotated[str, QueryParameter(min_length=1, max_length=10_000, description="The licence of the file")],
+    strict: Annotated[
+        bool, QueryParameter(description="`false` leaves out what does not fit the model, instead of refusing the file")
+    ] = True,
 ) -> Response[RegisteredLora]:
-    """Answers 201. Only the admin key may. Whether the file fits the model is known when a worker first uses it."""
-    _check(name, body)
-    upload = UploadedLora(name, hashlib.sha256(body).hexdigest(), licence, len(body))
-    with database.read() as transaction:
-        loras.check_free(transaction, upload)  # or a refused file would lie in storage for ever
-    storage.put(loras.key_of(name, upload.sha256), body, "application/octet-stream")
-    with database.write() as transaction:
-        return Response(_resource(loras.register(transaction, upload)))
+    """Answers 201. Requires the admin key.
+
+    Whether the LoRA fits the model is checked when a worker first uses it; what `strict=false` leaves out is listed in
+    `engine` of each job that uses it, as `lora_notice:NAME`.
+    """
+    async with request.spooled() as file:
+        body = await threads.local.run(file.read)
+        upload = await threads.local.run(_checked, name, licence, body, strict=strict)
+        return Response(await threads.storage.run(_register, database, storage, upload, body))
 
 
 @get(
     "/api/loras",
     tags=["loras"],
-    summary="LoRAs that a request may name",
-    responses={401: refusal("No API key, or a wrong one"), 503: refusal("The database does not answer")},
+    summary="List the LoRAs that a request may use",
     sync_to_thread=True,
 )
-def list_loras(owner: Owner, database: NamedDatabase) -> LoraList:
-    """By name, each with its licence. Those in a worker's `lora.folder` are not among them."""
+def list_loras(caller: NamedCaller, database: NamedDatabase) -> LoraList:
+    """Lists the LoRAs by name, each with its licence. Files in a worker's `lora.folder` are not listed."""
     with database.read() as transaction:
-        return LoraList([_resource(lora) for lora in loras.listed(transaction)])
+        return LoraList([_resource(lora) for lora in lora_library.list_all(transaction)])
 
 
 @delete(
@@ -74,38 +79,66 @@ def list_loras(owner: Owner, database: NamedDatabase) -> LoraList:
     tags=["loras"],
     summary="Remove a LoRA",
     responses={
-        401: refusal("No admin key, or a wrong one"),
         404: refusal("There is no such LoRA"),
-        503: refusal("The database or the storage does not answer"),
     },
-    sync_to_thread=True,
 )
-def remove_lora(name: FromPath[str], database: NamedDatabase, storage: NamedStorage) -> None:
-    """Answers 204. Only the admin key may. Jobs that still name it fail when their turn comes."""
+async def remove_lora(
+    name: FromPath[str], database: NamedDatabase, storage: NamedStorage, threads: NamedThreads
+) -> None:
+    """Answers 204. Requires the admin key. Queued jobs that use it will fail."""
+    await threads.storage.run(_remove, database, storage, name)
+
+
+def _remove(database: Database, storage: Storage, name: str) -> None:
     with database.write() as transaction:
-        key = loras.remove(transaction, name)
-    storage.delete([key])
+        key = lora_library.remove(transaction, name)
+    _delete_file(storage, key)
 
 
-def _check(name: str, content: bytes) -> None:
-    """Raises `InvalidRequest`; looks at the header alone, since the server carries no model."""
+def _register(database: Database, storage: Storage, upload: UploadedLora, body: bytes) -> RegisteredLora:
+    with database.read() as transaction:
+        registered = lora_library.find_same(transaction, upload)  # asked first, so that a refused file is never stored
+    if registered is not None:
+        return _resource(registered)
+    key = new_lora_key(upload.name, upload.sha256)
+    storage.put(key, body, "application/octet-stream")
+    try:
+        with database.write() as transaction:
+            registered = lora_library.register(transaction, upload, key)
+    except Conflict:
+        _delete_file(storage, key)
+        raise
+    if registered.storage_key != key:
+        _delete_file(storage, key)
+    return _resource(registered)
+
+
+def _delete_file(storage: Storage, key: str) -> None:
+    """Delete a file that no row names. If storage is not available, maintenance finds and deletes it later."""
+    try:
+        storage.delete([key])
+    except StorageError as fault:
+        log.warning("lora.file_left", key=key, error=fault.message)
+
+
+def _checked(name: str, licence: str, content: bytes, *, strict: bool) -> UploadedLora:
+    """Return the upload if its name and its header are valid; the server has no model to check more with.
+
+    Raises `InvalidRequest`.
+    """
     try:
         msgspec.convert(name, LoraName)
     except msgspec.ValidationError as fault:
-        detail = "must begin with a letter or digit, and hold none but these, `.`, `_` and `-`"
-        raise InvalidRequest.field("name", detail) from fault
-    length = int.from_bytes(content[:8], "little")
+        detail = "must begin with a letter or digit and contain only letters, digits, `.`, `_` and `-`, at most 100"
+        raise InvalidRequest.field("name", detail, "query") from fault
     try:
-        if not 0 < length <= min(HEADER_BYTES_AT_MOST, len(content) - 8):
-            raise ValueError("the header is longer than the file")
-        header = msgspec.json.decode(content[8 : 8 + length], type=dict[str, dict[str, Any]])
-        header.pop("__metadata__", None)
-        ends = [int(tensor["data_offsets"][1]) for tensor in header.values()]
-        if not ends or max(ends) != len(content) - 8 - length:
-            raise ValueError("the file breaks off")
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as fault:
-        raise InvalidRequest.field("body", "is no whole safetensors file, and no other kind is taken") from fault
+        if not read_safetensors_header(content).tensors:
+            raise InvalidSafetensors("has no tensors")
+    except InvalidSafetensors as fault:
+        detail = "the body must be a complete safetensors file with at least one tensor"
+        raise InvalidRequest([FieldError("", detail)]) from fault
+    return UploadedLora(name, hashlib.sha256(content).hexdigest(), licence, len(content), strict)
 
 
 def _resource(lora: Lora) -> RegisteredLora:
-    return RegisteredLora(lora.name, lora.sha256, lora.licence, lora.bytes, lora.created_at)
+    return RegisteredLora(lora.name, lora.sha256, lora.licence, lora.bytes, lora.created_at, lora.strict)

@@ -1,36 +1,33 @@
-"""What a prompt can be laid in and how long it is: templates, and the formatted text with its tokens."""
+"""Prompt templates, and a preview of the formatted prompt with its token count."""
 
 from typing import Annotated, Any
 
 from litestar import get, post
-from litestar.enums import RequestEncodingType
-from litestar.params import BodyKwarg, FromPath, FromQuery, QueryParameter
+from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
 from server import media_types
-from server.auth import callers_only
-from server.dependencies import NamedPromptLimit, NamedSettings, Owner
+from server.callers import callers_only
+from server.dependencies import NamedCaller, NamedDefaults, NamedPromptCheck, NamedSettings, NamedThreads
 from server.problems import refusal
-from server.schemas import FormattedPromptAnswer, TemplateEntry, TemplateList, TemplateText, prompt_schema
+from server.schemas import FormattedPromptAnswer, TemplateEntry, TemplateList, TemplateText
 from zcore.errors import InvalidRequest, NotFound
-from zcore.request import GenerationRequest, parse_submission
-
-_unauthorized = {401: refusal("No API key, or a wrong one")}
+from zcore.request import parse_submission
 
 
-@get("/api/templates", tags=["prompts"], summary="All templates", responses=_unauthorized, sync_to_thread=False)
+@get("/api/templates", tags=["prompts"], summary="List prompt templates", sync_to_thread=False)
 def list_templates(
-    owner: Owner,
-    prompt_limit: NamedPromptLimit,
+    caller: NamedCaller,
+    prompt_check: NamedPromptCheck,
     category: FromQuery[str | None] = None,
     text: Annotated[
-        str | None, QueryParameter(max_length=200, description="A part of the name, the description or the text")
+        str | None, QueryParameter(max_length=200, description="Part of the name, description or text")
     ] = None,
 ) -> TemplateList:
-    """Names to be used as `template`, sorted by category and name."""
+    """Lists the names that `template` accepts, sorted by category and name."""
     return TemplateList(
         [
             TemplateEntry(found.name, found.category, found.description)
-            for found in prompt_limit.templates.search(category, text)
+            for found in prompt_check.templates.search(category, text)
         ]
     )
 
@@ -38,16 +35,16 @@ def list_templates(
 @get(
     "/api/templates/{name:str}",
     tags=["prompts"],
-    summary="A template",
-    responses={**_unauthorized, 404: refusal("There is no such template")},
+    summary="Get a prompt template",
+    responses={404: refusal("There is no such template")},
     sync_to_thread=False,
 )
-def get_template(owner: Owner, prompt_limit: NamedPromptLimit, name: FromPath[str]) -> TemplateText:
-    """The system prompt that the template lays before the user's message, and what else it adds."""
+def get_template(caller: NamedCaller, prompt_check: NamedPromptCheck, name: FromPath[str]) -> TemplateText:
+    """Returns the system prompt that the template puts before the user's message, and its other parts."""
     try:
-        found = prompt_limit.templates.get(name)
-    except InvalidRequest as fault:
-        raise NotFound(fault.errors[0].detail) from fault
+        found = prompt_check.templates.get(name)
+    except InvalidRequest as error:
+        raise NotFound(error.errors[0].detail) from error
     return TemplateText(
         name=found.name,
         category=found.category,
@@ -64,33 +61,27 @@ def get_template(owner: Owner, prompt_limit: NamedPromptLimit, name: FromPath[st
     guards=[callers_only, media_types.only("application/json")],
     status_code=200,
     tags=["prompts"],
-    summary="What the text encoder will read, and how many tokens it is",
-    responses={
-        **_unauthorized,
-        400: refusal("A field is outside its bounds; `errors` names each"),
-        413: refusal("The body is larger than 1 MiB"),
-        415: refusal("The body is not `application/json`"),
-    },
-    sync_to_thread=True,  # a long prompt takes milliseconds to count
+    summary="Format a prompt and count its tokens",
+    operation_class=media_types.SubmissionOperation,
 )
-def format_prompt(
-    data: Annotated[
-        dict[str, Any], BodyKwarg(media_type=RequestEncodingType.JSON, schema_extra=prompt_schema(GenerationRequest))
-    ],
-    owner: Owner,
+async def format_prompt(
+    data: JSONBody[dict[str, Any]],
+    caller: NamedCaller,
     settings: NamedSettings,
-    prompt_limit: NamedPromptLimit,
+    defaults: NamedDefaults,
+    prompt_check: NamedPromptCheck,
+    threads: NamedThreads,
 ) -> FormattedPromptAnswer:
-    """Takes any body that `POST /api/generate` takes, and paints nothing.
+    """Accepts any body that `POST /api/generate` accepts, and generates nothing.
 
-    `tokens`, `limit` and `kept_tokens` are null where the model's tokenizer does not lie on the server's host.
+    `tokens`, `limit` and `used_tokens` are null if the model's tokenizer is not on the server's host.
     """
-    request = parse_submission(data, settings.generation_defaults, settings.limits).request
-    laid_out = prompt_limit.lay_out(request)
+    request = (await threads.local.run(parse_submission, data, defaults, settings.limits)).request
+    report = await threads.local.run(prompt_check.format, request)
     return FormattedPromptAnswer(
-        formatted=str(laid_out.prompt),
-        tokens=laid_out.tokens,
-        limit=laid_out.limit,
-        kept_tokens=laid_out.kept_tokens,
+        formatted=str(report.prompt),
+        tokens=report.tokens,
+        limit=report.limit,
+        used_tokens=report.used_tokens,
         long_prompt_mode=request.long_prompt_mode,
     )

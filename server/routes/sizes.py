@@ -1,19 +1,18 @@
-"""Which sizes can be asked for, by name and by bounds."""
+"""Available image sizes: the named ones, and the bounds of custom ones."""
 
 import math
 
 from litestar import get
 
-from server.dependencies import NamedSettings, Owner
-from server.problems import refusal
+from server.dependencies import NamedCaller, NamedDefaults, NamedSettings, NamedTrainedSide
 from server.schemas import NamedSize, SidesBounds, SizeList, SizePair
+from zcore.checkpoint.trained_size import resolutions
 from zcore.sizes import (
     LARGEST_SIDE_PX,
     PRESETS,
     RATIOS,
     SIDE_MULTIPLE_PX,
     SMALLEST_SIDE_PX,
-    TRAINED,
     named_size,
 )
 
@@ -21,19 +20,24 @@ from zcore.sizes import (
 @get(
     "/api/sizes",
     tags=["sizes"],
-    summary="Sizes by name, and their bounds",
-    responses={401: refusal("No API key, or a wrong one")},
+    summary="List image sizes and their bounds",
     sync_to_thread=False,
 )
-def list_sizes(owner: Owner, settings: NamedSettings) -> SizeList:
-    """Presets for `size`, ratios for `aspect_ratio` at the operator's usual resolution, and what is refused."""
-    usual = settings.generation_defaults
-    resolution = round(math.sqrt(usual.width * usual.height))
+def list_sizes(
+    caller: NamedCaller, settings: NamedSettings, defaults: NamedDefaults, trained_px: NamedTrainedSide
+) -> SizeList:
+    """Lists presets for `size`, ratios for `aspect_ratio` at the default resolution, and the limits of any size.
+
+    `resolutions` are the default and those around which the loaded checkpoint was trained, within the limits.
+    """
+    resolution = round(math.sqrt(defaults.width * defaults.height))
     return SizeList(
         presets=[_named(name, ratio, resolution) for name, ratio in PRESETS.items()],
         ratios=[_named(ratio, ratio, resolution) for ratio in RATIOS],
-        resolutions=sorted({resolution, *TRAINED}),
-        default=SizePair(usual.width, usual.height),
+        resolutions=sorted(
+            {resolution, *(one for one in resolutions(trained_px) if one**2 <= settings.limits.max_pixels)}
+        ),
+        default=SizePair(defaults.width, defaults.height),
         limits=SidesBounds(SMALLEST_SIDE_PX, LARGEST_SIDE_PX, SIDE_MULTIPLE_PX, settings.limits.max_pixels),
     )
 

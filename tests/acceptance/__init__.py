@@ -1,1 +1,1 @@
-"""The whole way on real processes."""
+"""Tests of whole installations: real processes and real services."""

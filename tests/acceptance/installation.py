@@ -1,4 +1,4 @@
-"""An installation over many hosts' parts: PostgreSQL, Redis and a bucket, with workers that are waited for."""
+"""A distributed installation: PostgreSQL, Redis and a bucket, with workers that the tests wait for."""
 
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,7 @@ STARTED_WITHIN_S = 120.0
 def distributed(
     folder: Path, database_url: str, redis_url: str, bucket: Bucket, settings: Mapping[str, Any]
 ) -> Installation:
-    """The demo profile over these services; `settings` are further ones, by dotted name."""
+    """Return an installation with the demo profile on these services; `settings` adds settings by dotted name."""
     return Installation(
         folder,
         {
@@ -37,7 +37,7 @@ def distributed(
 
 @contextmanager
 def working(installation: Installation, server: Server, count: int) -> Generator[list[Running]]:
-    """So many workers, all of them on the list of those present."""
+    """Run `count` workers, and enter the block when all of them are present."""
 
     def present() -> int:
         for worker in workers:

@@ -1,4 +1,4 @@
-"""Nothing is lost, doubled or half-done, whoever is killed."""
+"""No job is lost, duplicated or left incomplete when a worker, the broker or the API fails."""
 
 import hashlib
 import signal
@@ -19,20 +19,20 @@ from tests.services.redis import Redis
 from tests.services.s3 import Bucket
 from tests.waiting import wait_until
 from zcore.jobs.database import Database
-from zcore.jobs.models import Event, Job, Output
+from zcore.jobs.models import Event, Job, Output, QueueEntry
 from zcore.jobs.states import State
 
 pytestmark = pytest.mark.acceptance
 
 JOBS = 100
-STEPS = 24  # a picture takes long enough to be killed in
+STEPS = 24  # an image takes long enough for the worker to be killed during it
 LEASE_S = 5
-COLOURS = ("red", "green", "blue", "yellow", "purple")
+COLORS = ("red", "green", "blue", "yellow", "purple")
 
 
 @pytest.fixture
 def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Installation:
-    # A delivery that its deliverer took with it is due again after three times the webhooks' timeout.
+    # A delivery that a killed deliverer had claimed is due again after three times the timeout.
     settings = {"jobs.lease_s": LEASE_S, "webhooks.timeout_s": 4}
     return distributed(tmp_path, database_url, redis_url, s3, settings)
 
@@ -50,12 +50,12 @@ def receiver() -> Generator[Receiver]:
         yield opened
 
 
-def test_a_hundred_jobs_end_once_each_though_a_worker_is_killed_redis_is_flushed_and_the_api_is_restarted(
+def test_each_of_a_hundred_jobs_succeeds_once_despite_a_killed_worker_a_flushed_redis_and_a_restarted_api(
     installation: Installation, database: Database, receiver: Receiver, redis: Redis, s3: Bucket
 ) -> None:
     with installation.serving() as server, working(installation, server, 2) as (doomed, _survivor):
         ids = submit(server, receiver, range(JOBS // 2))
-        orphan = kill_in_mid_job(doomed, database)
+        orphan = kill_during_a_job(doomed, database)
         redis.flush()
         assert count(database, State.QUEUED) > 0, "Redis has to be flushed while jobs wait"
         wait_until(lambda: "rescued" in event_types(database, orphan), timeout_s=6 * LEASE_S)
@@ -63,12 +63,12 @@ def test_a_hundred_jobs_end_once_each_though_a_worker_is_killed_redis_is_flushed
         with installation.serving() as restarted:
             ids += submit(restarted, receiver, range(JOBS // 2, JOBS))
             wait_until(lambda: count(database, State.SUCCEEDED) == JOBS, timeout_s=400, every_s=0.25)
-            wait_until(lambda: len({post.headers["webhook-id"] for post in receiver.told}) >= JOBS, timeout_s=60)
+            wait_until(lambda: len({post.headers["webhook-id"] for post in receiver.requests}) >= JOBS, timeout_s=60)
 
     assert len(set(ids)) == JOBS
     assert_each_succeeded_once(database, ids)
-    assert_every_object_is_there_and_no_other(database, s3)
-    assert_told_of_each_job(receiver, ids)
+    assert_storage_holds_exactly_the_outputs(database, s3)
+    assert_one_webhook_per_job(receiver, ids)
 
 
 def submit(server: Server, receiver: Receiver, numbers: range) -> list[str]:
@@ -76,7 +76,7 @@ def submit(server: Server, receiver: Receiver, numbers: range) -> list[str]:
     with httpx.Client(base_url=server.url, timeout=30) as client:
         for number in numbers:
             body = {
-                "prompt": f"a {COLOURS[number % len(COLOURS)]} circle",
+                "prompt": f"a {COLORS[number % len(COLORS)]} circle",
                 "width": 64,
                 "height": 128,
                 "steps": STEPS,
@@ -90,27 +90,27 @@ def submit(server: Server, receiver: Receiver, numbers: range) -> list[str]:
     return ids
 
 
-def kill_in_mid_job(worker: Running, database: Database) -> str:
-    """SIGKILL while this worker paints; gives the job, RUNNING in its name with nobody behind it."""
+def kill_during_a_job(worker: Running, database: Database) -> str:
+    """Send SIGKILL to this worker during a job. Return the job, which stays RUNNING."""
 
-    def painted_by_it() -> str:
+    def running_job() -> str:
         with database.read() as transaction:
             found = transaction.session.scalars(
-                select(Job.id).where(
-                    Job.status == State.RUNNING,
-                    Job.worker.endswith(f":{worker.process.pid}"),
+                select(QueueEntry.job_id).where(
+                    QueueEntry.status == State.RUNNING,
+                    QueueEntry.worker.endswith(f":{worker.process.pid}"),
                 )
             ).first()
             return str(found or "")
 
-    wait_until(painted_by_it, timeout_s=60, every_s=0.002)
+    wait_until(running_job, timeout_s=60, every_s=0.002)
     worker.stop(signal.SIGKILL)
-    return wait_until(painted_by_it, timeout_s=1)
+    return wait_until(running_job, timeout_s=1)
 
 
 def count(database: Database, state: State) -> int:
     with database.read() as transaction:
-        return transaction.session.scalar(select(func.count()).select_from(Job).where(Job.status == state)) or 0
+        return transaction.session.scalar(select(func.count()).select_from(Job).where(Job.stored_status == state)) or 0
 
 
 def event_types(database: Database, job_id: str) -> list[str]:
@@ -130,7 +130,7 @@ def assert_each_succeeded_once(database: Database, ids: list[str]) -> None:
     assert succeeded == Counter(ids)
 
 
-def assert_every_object_is_there_and_no_other(database: Database, s3: Bucket) -> None:
+def assert_storage_holds_exactly_the_outputs(database: Database, s3: Bucket) -> None:
     with database.read() as transaction:
         outputs = {row.key: row.sha256 for row in transaction.session.scalars(select(Output))}
     assert len(outputs) == JOBS
@@ -142,10 +142,10 @@ def assert_every_object_is_there_and_no_other(database: Database, s3: Bucket) ->
     assert stored == outputs
 
 
-def assert_told_of_each_job(receiver: Receiver, ids: list[str]) -> None:
-    told: dict[str, str] = {}
-    for post in receiver.told:
+def assert_one_webhook_per_job(receiver: Receiver, ids: list[str]) -> None:
+    job_ids: dict[str, str] = {}
+    for post in receiver.requests:
         event = Webhook(WEBHOOK_SECRET).verify(post.body, dict(post.headers))
         assert event["type"] == "job.succeeded"
-        told[post.headers["webhook-id"]] = event["data"]["id"]
-    assert Counter(told.values()) == Counter(ids)
+        job_ids[post.headers["webhook-id"]] = event["data"]["id"]
+    assert Counter(job_ids.values()) == Counter(ids)

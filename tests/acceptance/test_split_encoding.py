@@ -1,5 +1,7 @@
-"""Prompts encoded by processes without a GPU and pictures painted by others, PostgreSQL, Redis and a bucket between
-them; also when either kind is killed. The models are stand-ins: only the way between the processes is looked at.
+"""Split encoding: some workers encode prompts, others generate images, and either kind may be killed.
+
+PostgreSQL, Redis and a bucket connect them. The models are stand-ins, because only the cooperation of the processes is
+tested.
 """
 
 from collections import Counter
@@ -10,30 +12,31 @@ from uuid import UUID
 
 import httpx
 import pytest
+from sqlalchemy import update
 
 from tests.acceptance.installation import distributed
-from tests.integration.installation import Installation, Server, told
+from tests.integration.installation import Installation, Server, has_logged
 from tests.services.process import Running
 from tests.services.s3 import Bucket
 from tests.waiting import wait_until
-from zcore.jobs import presence, queries
+from zcore.jobs import queries, workers
 from zcore.jobs.database import Database
-from zcore.jobs.models import Job
+from zcore.jobs.models import Job, Leftover
 from zcore.stages import Stage
 
 pytestmark = pytest.mark.acceptance
 
 JOBS = 12
-STRAIGHT = ["queued", "claimed", "encoded", "claimed", "succeeded"]
+UNINTERRUPTED = ["queued", "claimed", "encoded", "claimed", "succeeded"]
 
 
 @pytest.fixture
 def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) -> Installation:
-    """One whose prompts are encoded by other workers; a lost one is missed soon."""
+    """An installation with split encoding and a short lease, so that lost workers are noticed quickly."""
     settings = {
         "jobs.split_encoding": True,
         "jobs.lease_s": 2.0,
-        "worker.upkeep_interval_s": 0.2,
+        "worker.maintenance_interval_s": 0.2,
         "worker.progress_interval_s": 0.05,
     }
     return distributed(tmp_path, database_url, redis_url, s3, settings)
@@ -41,10 +44,10 @@ def installation(tmp_path: Path, database_url: str, redis_url: str, s3: Bucket) 
 
 @contextmanager
 def serving_stage(installation: Installation, stage: Stage, name: str) -> Iterator[Running]:
-    """A worker of this stage alone, once it is ready."""
-    given = installation.changed(worker__stages=[stage])
-    with given.working("tests.integration.worker.stand_ins", name) as running:
-        wait_until(lambda: told(running, "worker.ready"), timeout_s=60)
+    """Run a worker of this stage alone, and enter the block when it has started."""
+    changed = installation.changed(worker__stages=[stage])
+    with changed.working(package="tests.integration.worker.stand_ins", name=name) as running:
+        wait_until(lambda: has_logged(running, "worker.started"), timeout_s=60)
         yield running
 
 
@@ -55,7 +58,7 @@ def submit(server: Server) -> UUID:
     return UUID(answer.json()["id"])
 
 
-def look(database: Database, job_id: UUID) -> Job:
+def get_job(database: Database, job_id: UUID) -> Job:
     with database.read() as transaction:
         return queries.get(transaction, job_id)
 
@@ -66,16 +69,16 @@ def timeline(database: Database, job_id: UUID) -> list[str]:
 
 
 def workers_of(database: Database, job_id: UUID) -> list[str]:
-    """Who claimed it, in turn."""
+    """Return the names of the workers that claimed a job, in order."""
     with database.read() as transaction:
-        told_of = queries.timeline(transaction, job_id).events
-    return [event.detail["worker"] for event in told_of if event.type == "claimed"]
+        events = queries.timeline(transaction, job_id).events
+    return [event.detail["worker"] for event in events if event.type == "claimed"]
 
 
 def serving(database: Database) -> dict[str, list[str]]:
-    """The stages of the workers that are present, by name."""
+    """Return the stages of the present workers, by worker name."""
     with database.read() as transaction:
-        return {worker.name: worker.stages for worker in presence.present(transaction)}
+        return {worker.name: worker.stages for worker in workers.present(transaction)}
 
 
 def stored(s3: Bucket) -> list[str]:
@@ -83,15 +86,17 @@ def stored(s3: Bucket) -> list[str]:
         return sorted(found["Key"] for found in client.list_objects_v2(Bucket=s3.name).get("Contents", []))
 
 
-def wait_for_pictures_alone(database: Database, s3: Bucket, jobs: list[UUID]) -> None:
-    """Until the bucket holds each job's picture and nothing else."""
-    expected = sorted(output.key for job_id in jobs for output in look(database, job_id).outputs)
+def wait_for_images_only(database: Database, s3: Bucket, jobs: list[UUID]) -> None:
+    """Wait until the bucket holds each job's image and nothing else, as if the delay of deletions were over."""
+    with database.write() as transaction:
+        transaction.session.execute(update(Leftover).values(due_at=transaction.now))
+    expected = sorted(output.key for job_id in jobs for output in get_job(database, job_id).outputs)
     assert len(expected) == len(jobs)
-    wait_until(lambda: stored(s3) == expected, timeout_s=15)
+    wait_until(lambda: stored(s3) == expected, timeout_s=60)
 
 
 @pytest.mark.timeout(180)
-def test_each_job_is_encoded_once_and_painted_once_and_only_pictures_stay(
+def test_each_job_is_encoded_once_and_generated_once_and_only_images_remain(
     installation: Installation, s3: Bucket
 ) -> None:
     with ExitStack() as stack:
@@ -101,18 +106,18 @@ def test_each_job_is_encoded_once_and_painted_once_and_only_pictures_stay(
             stack.enter_context(serving_stage(installation, Stage.ENCODE, f"encoder-{number}"))
             stack.enter_context(serving_stage(installation, Stage.GENERATE, f"generator-{number}"))
         jobs = [submit(server) for _ in range(JOBS)]
-        wait_until(lambda: all(look(database, job_id).status == "succeeded" for job_id in jobs), timeout_s=60)
-        assert [timeline(database, job_id) for job_id in jobs] == [STRAIGHT] * JOBS
+        wait_until(lambda: all(get_job(database, job_id).status == "succeeded" for job_id in jobs), timeout_s=60)
+        assert [timeline(database, job_id) for job_id in jobs] == [UNINTERRUPTED] * JOBS
         stages = serving(database)
         assert Counter(map(tuple, stages.values())) == {("encode",): 2, ("generate",): 2}
         for job_id in jobs:
             assert [stages[name] for name in workers_of(database, job_id)] == [["encode"], ["generate"]]
-        wait_for_pictures_alone(database, s3, jobs)
+        wait_for_images_only(database, s3, jobs)
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("stage", list(Stage))
-def test_a_worker_of_either_kind_that_is_killed_loses_nothing(
+def test_no_job_is_lost_when_a_worker_of_either_stage_is_killed(
     installation: Installation, s3: Bucket, stage: Stage
 ) -> None:
     hold = installation.folder / f"hold-{stage}"
@@ -126,7 +131,7 @@ def test_a_worker_of_either_kind_that_is_killed_loses_nothing(
             jobs = [submit(server) for _ in range(3)]
 
             def held() -> list[UUID]:
-                rows = [look(database, job_id) for job_id in jobs]
+                rows = [get_job(database, job_id) for job_id in jobs]
                 return [row.id for row in rows if (row.status, row.stage) == ("running", stage)]
 
             wait_until(held)
@@ -136,12 +141,12 @@ def test_a_worker_of_either_kind_that_is_killed_loses_nothing(
         assert len(lost) == 1
         hold.unlink()
         stack.enter_context(serving_stage(installation, stage, "successor"))
-        wait_until(lambda: all(look(database, job_id).status == "succeeded" for job_id in jobs), timeout_s=60)
+        wait_until(lambda: all(get_job(database, job_id).status == "succeeded" for job_id in jobs), timeout_s=60)
         for job_id in jobs:
-            story = timeline(database, job_id)
+            types = timeline(database, job_id)
             if job_id in lost:
-                at = story.index("rescued")
-                assert story[at - 1 : at + 2] == ["claimed", "rescued", "claimed"]
-                del story[at - 1 : at + 1]
-            assert story == STRAIGHT
-        wait_for_pictures_alone(database, s3, jobs)
+                at = types.index("rescued")
+                assert types[at - 1 : at + 2] == ["claimed", "rescued", "claimed"]
+                del types[at - 1 : at + 1]
+            assert types == UNINTERRUPTED
+        wait_for_images_only(database, s3, jobs)

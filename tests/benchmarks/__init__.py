@@ -1,1 +1,1 @@
-"""Measurements. One file asks one question; dated results are in LOG.md."""
+"""Measurements. Each file answers one question; dated results are in LOG.md."""

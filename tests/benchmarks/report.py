@@ -1,4 +1,4 @@
-"""How a benchmark says its result: samples as median and spread, everything as one JSON object, last."""
+"""Report the result of a benchmark: samples as median and spread, everything as one JSON object."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """Median, p99 and extremes of at least two samples, rounded to three digits behind the point."""
+    """Return median, p99 and extremes of at least two samples, rounded to three decimal places."""
     ordered = sorted(samples)
     p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
     found = {"p50": statistics.median(ordered), "p99": p99, "min": ordered[0], "max": ordered[-1]}
@@ -18,7 +18,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def report(question: str, **results: Any) -> None:
-    """Prints one line of JSON with the machine it was measured on."""
+    """Print the results and the machine as one line of JSON."""
     load = f"{os.getloadavg()[0]:.1f}"
     result = {
         "question": question,

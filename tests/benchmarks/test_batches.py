@@ -1,7 +1,7 @@
-"""Do several pictures in one forward take less time than one after the other?
+"""Do several images in one forward take less time than one after the other?
 
-Method: the demo checkpoint in float32 on one thread; a request of eight pictures at 128 px, painted 1, 4 and 8 at once
-in turns, ten times; milliseconds a picture, and ratios to one at once of the same turn, as medians.
+Method: the demo checkpoint in float32 on one thread; a request of eight images at 128 px, generated 1, 4 and 8 at once,
+alternately, ten times. Reported are milliseconds per image, and ratios to one at once of the same round, as medians.
 """
 
 import time
@@ -18,10 +18,10 @@ from zcore.request import GenerationRequest
 pytestmark = pytest.mark.benchmarks
 
 SIZES = (1, 4, 8)
-PICTURES = 8
+IMAGES = 8
 
 
-def test_pictures_at_once() -> None:
+def test_images_at_once() -> None:
     torch.set_num_threads(1)
     pipelines = {
         size: ZImagePipeline.from_pretrained(
@@ -29,17 +29,17 @@ def test_pictures_at_once() -> None:
         )
         for size in SIZES
     }
-    request = GenerationRequest(prompt="a red star", width=128, height=128, n=PICTURES, seed=1)
+    request = GenerationRequest(prompt="a red star", width=128, height=128, n=IMAGES, seed=1)
     taken: dict[int, list[float]] = {size: [] for size in SIZES}
-    for turn in range(11):
+    for round_ in range(11):
         for size, pipeline in pipelines.items():
             began = time.perf_counter()
             pipeline.generate(request)
-            if turn:  # the first warms up
-                taken[size].append((time.perf_counter() - began) * 1000 / PICTURES)
+            if round_:  # the first warms up
+                taken[size].append((time.perf_counter() - began) * 1000 / IMAGES)
     ratios = {size: median(b / a for a, b in zip(taken[1], taken[size], strict=True)) for size in SIZES[1:]}
     report(
-        "ms a picture of 128 px, painted 1, 4 and 8 at once",
+        "ms per image of 128 px, generated 1, 4 and 8 at once",
         **{f"at_once_{size}": spread(several) for size, several in taken.items()},
         **{f"ratio_{size}": round(ratio, 3) for size, ratio in ratios.items()},
     )

@@ -1,8 +1,9 @@
-"""How long does an idle worker take from a job's submission to its claim?
+"""How long does it take from a job's submission to its claim by an idle worker?
 
-Method: one real worker on the demo checkpoint, 40 jobs submitted one by one, each after the last has ended; the first
-5 are warm-up. Measured is `started_at - created_at` on the clock of the database, so it holds the commit, the ring, the
-broker and the claim. Asked for Redis with PostgreSQL, and for the embedded default (a folder, SQLite).
+Method: one real worker on the demo checkpoint, 40 jobs submitted one by one, each after the previous one has ended; the
+first 5 are warm-up. The measure is `started_at - created_at` in database time, which includes the commit, the
+notification, the broker and the claim. Measured for Redis with PostgreSQL, and for the embedded default (a folder,
+SQLite).
 """
 
 from datetime import datetime

@@ -1,9 +1,9 @@
-"""What DyPE does to the demo model's pictures above the size it was trained at.
+"""How does DyPE change the demo model's images above the size that it was trained at?
 
-Method: held-out captions of one object, a group and a pair, painted at twice and four times the base resolution with
-the same seeds in each way, and judged by the checker, which looks at every picture at 128 px. A grid of the first eight
-at each size, a way a row, is written to the folder that ZIMAGE_TEST_GRIDS names, if any. The base resolution is that of
-the demo profile, so that a checkpoint trained at another size is measured as it is shipped.
+Method: held-out captions of one object, a group and a pair, generated at twice and four times the base resolution with
+the same seeds by each method, and judged by the checker, which reads every image at 128 px. If ZIMAGE_TEST_GRIDS names
+a folder, a grid of the first eight images at each size is written there, one row per method. The base resolution is
+that of the demo profile, so a checkpoint trained at another size is measured as it is shipped.
 """
 
 import os
@@ -19,7 +19,7 @@ from tests.benchmarks.report import report
 from zcore.demo import CHECKPOINT
 from zcore.demo.captions import caption
 from zcore.demo.check import judge
-from zcore.demo.vocabulary import Kind, draw_picture
+from zcore.demo.vocabulary import Kind, random_composition
 from zcore.imaging.pipeline import ZImagePipeline
 from zcore.request import Dype, GenerationRequest
 from zcore.settings import load_settings
@@ -54,7 +54,7 @@ def test_above_the_trained_size(pipeline: ZImagePipeline, times: int, tried: int
         verdicts: list[bool] = []
         row: list[np.ndarray] = []
         for index in range(tried):
-            wanted = draw_picture(rng, KINDS[index % 3], held_out=True)
+            wanted = random_composition(rng, KINDS[index % 3], held_out=True)
             request = GenerationRequest(
                 prompt=caption(wanted, rng, True), width=side, height=side, seed=index, dype=dype
             )

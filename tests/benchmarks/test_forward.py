@@ -1,11 +1,11 @@
-"""How long does a forward of the transformer take, ours against the installed diffusers', and how much does it launch?
+"""How long does our forward of the transformer take against that of diffusers, and how many operators does it launch?
 
-Method: both run on the same weights with the same latents, prompt and noise level; after a warm-up they take turns, the
-first of a pair being ours and theirs alternately, and a sample is the ratio of the two times of a pair. Ours has its
-plan ready, whose time is said apart: it is spent once a picture. Launches are the operators that compute something
-(those that only look at a tensor otherwise are not counted). On a CPU: the demo checkpoint in float32, one thread. On a
-GPU: the published architecture with random weights in bfloat16, eager and compiled; the limit is the forward's FLOPs at
-the rate that a large matrix product reaches in the same run.
+Method: both run on the same weights with the same latents, prompt and noise level. After a warm-up they alternate: ours
+and theirs are first in a pair alternately, and a sample is the ratio of the two times of a pair. Our plan is ready, and
+its time is reported separately, because it is spent once per image. Launches are the operators that compute something
+(views of a tensor are not counted). On a CPU: the demo checkpoint in float32, one thread. On a GPU: the published
+architecture with random weights in bfloat16, eager and compiled; the limit is the forward's FLOPs at the rate that a
+large matrix product reaches in the same run.
 """
 
 import time
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.benchmarks.report import report, spread
-from zcore.imaging.geometry import image_tokens, latent_size, padded
-from zcore.imaging.model.loader import build_meta
-from zcore.imaging.model.transformer import Plan, VelocityModel
+from zcore.checkpoint.geometry import image_tokens, latent_size, padded
+from zcore.imaging.network.velocity_model import Plan, VelocityModel
 from zcore.imaging.sampling.schedule import sigmas
+from zcore.imaging.weights.loader import build_meta
 
 pytestmark = pytest.mark.benchmarks
 
@@ -36,7 +36,7 @@ PROMPT_TOKENS = 101
 
 @pytest.fixture(autouse=True)
 def no_gradients_and_one_thread() -> Iterator[None]:
-    """As the worker runs it."""
+    """Run everything as the worker does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():
@@ -46,7 +46,7 @@ def no_gradients_and_one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Forwards:
-    """The same step of the same picture, by both."""
+    """The same step of the same image, by both implementations."""
 
     ours: Callable[[], Tensor]
     theirs: Callable[[], Tensor]
@@ -58,7 +58,7 @@ def test_forward_on_a_cpu(side_px: int) -> None:
     network = ZImageTransformer2DModel.from_pretrained(DEMO).eval().requires_grad_(False)
     forwards = _forwards(network, VelocityModel(network, network.device, network.dtype), side_px)
     assert torch.equal(forwards.ours(), forwards.theirs())
-    ours_ms, theirs_ms = _in_turns(forwards, 100)
+    ours_ms, theirs_ms = _alternately(forwards, 100)
     report(
         f"a forward of the demo checkpoint on a CPU, ours against diffusers', {side_px} px, {PROMPT_TOKENS} tokens",
         ours_ms=spread(ours_ms),
@@ -82,7 +82,7 @@ def test_forward_on_a_gpu(layout_dir: Path) -> None:
     for side_px in sides:
         forwards = _forwards(network, eager, side_px)
         difference = (forwards.ours() - forwards.theirs()).abs().max().item()
-        ours_ms, theirs_ms = _in_turns(forwards, 20)
+        ours_ms, theirs_ms = _alternately(forwards, 20)
         measured[side_px] = {
             "launches": _launches(forwards.ours),
             "diffusers_launches": _launches(forwards.theirs),
@@ -90,10 +90,10 @@ def test_forward_on_a_gpu(layout_dir: Path) -> None:
             "eager_ms": spread(ours_ms),
             "diffusers_eager_ms": spread(theirs_ms),
         }
-    # From here on diffusers' blocks are compiled; ours do not go through them.
+    # From here on diffusers' blocks are compiled; our forward does not use them.
     network.compile_repeated_blocks(fullgraph=True)
     for side_px in sides:
-        ours_ms, theirs_ms = _in_turns(_forwards(network, compiled, side_px), 20)
+        ours_ms, theirs_ms = _alternately(_forwards(network, compiled, side_px), 20)
         measured[side_px] |= {"compiled_ms": spread(ours_ms), "diffusers_compiled_ms": spread(theirs_ms)}
     for side_px, results in measured.items():
         limit_ms = _flops(side_px) / tflops / 1e9
@@ -126,8 +126,8 @@ def _forwards(network: ZImageTransformer2DModel, model: VelocityModel, side_px: 
     )
 
 
-def _in_turns(forwards: Forwards, pairs: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of both, pair by pair."""
+def _alternately(forwards: Forwards, pairs: int) -> tuple[list[float], list[float]]:
+    """Return the milliseconds of both, pair by pair."""
     for _ in range(5):
         forwards.ours(), forwards.theirs()
     ours: list[float] = []
@@ -148,13 +148,13 @@ def _ms(work: Callable[[], object]) -> float:
 
 
 class _Launches(TorchDispatchMode):
-    """Counts operators that make or change values."""
+    """Counts operators that create or change values."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        looks = [given.alias_info is not None and not given.alias_info.is_write for given in func._schema.returns]
-        self.count += not any(looks)
+        views = [given.alias_info is not None and not given.alias_info.is_write for given in func._schema.returns]
+        self.count += not any(views)
         return func(*args, **(kwargs or {}))
 
 
@@ -165,7 +165,7 @@ def _launches(work: Callable[[], object]) -> int:
 
 
 def _published_architecture(layout_dir: Path) -> ZImageTransformer2DModel:
-    """12 GB of random weights, small enough that nothing overflows."""
+    """Return the architecture with 12 GB of random weights, small enough that nothing overflows."""
     network: Any = build_meta(layout_dir).transformer.to(torch.bfloat16).to_empty(device="cuda")
     torch.manual_seed(0)
     for name, weight in network.named_parameters():
@@ -174,16 +174,16 @@ def _published_architecture(layout_dir: Path) -> ZImageTransformer2DModel:
 
 
 def _flops(side_px: int) -> float:
-    """Of one forward with its caption refined, multiplications and additions: linear layers, attention, both ends."""
-    picture, caption = padded(image_tokens(side_px, side_px)), padded(PROMPT_TOKENS)
-    both, width, hidden = picture + caption, 3840, 10240
-    linear = 2 * (4 * width**2 + 3 * width * hidden) * (30 * both + 2 * picture)
-    attention = 4 * width * (30 * both**2 + 2 * picture**2)
-    return linear + attention + 2 * 2 * 64 * width * picture
+    """Return the multiplications and additions of a forward with its caption refiner."""
+    image, caption = padded(image_tokens(side_px, side_px)), padded(PROMPT_TOKENS)
+    both, width, hidden = image + caption, 3840, 10240
+    linear = 2 * (4 * width**2 + 3 * width * hidden) * (30 * both + 2 * image)
+    attention = 4 * width * (30 * both**2 + 2 * image**2)
+    return linear + attention + 2 * 2 * 64 * width * image
 
 
 def _matrix_product_tflops() -> float:
-    """The best of 20 products of 8192 x 8192 in bfloat16."""
+    """Return the rate of the fastest of 20 products of 8192 x 8192 matrices in bfloat16."""
     side = 8192
     one, other = torch.randn(2, side, side, device="cuda", dtype=torch.bfloat16)
     best_ms = min(_ms(lambda: one @ other) for _ in range(20))

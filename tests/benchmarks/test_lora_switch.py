@@ -1,11 +1,11 @@
-"""How long does a worker take to switch between LoRAs, what does one cost a forward, and do pictures take the style?
+"""How long does a worker take to switch between LoRAs, what does one cost per forward, and do images show the style?
 
-Method: a switch is `VelocityModel.adapted`, from LoRAs that are on the device to a model that can be planned with; it
-takes turns between three. On a CPU: the demo checkpoint in float32, one thread, with its two LoRAs; and the published
-architecture without weights with LoRAs of random numbers in bfloat16 beside all attention and feed-forward matrices,
-which is the whole work of a switch, since that does not read the model's weights. Reading a file and making it ready
-are said apart: they are spent once as long as the LoRA is kept. Styles are judged by the demo's checker, on the
-captions that `zcore.demo.evaluate` draws, with LoRAs of the request; beside it, merged into the weights.
+Method: a switch is `VelocityModel.adapted`, from LoRAs that are on the device to a model that can make plans; three
+sets of LoRAs alternate. On a CPU: the demo checkpoint in float32, one thread, with its two LoRAs; and the published
+architecture without weights, with LoRAs of random numbers in bfloat16 on all attention and feed-forward matrices. That
+is the whole work of a switch, because it does not read the model's weights. Reading and preparing a file are reported
+separately: they are spent once while the LoRA stays cached. Styles are judged by the demo's checker, with LoRAs of the
+request, on the captions that `zcore.demo.evaluate` generates.
 """
 
 import time
@@ -22,12 +22,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tests.benchmarks.report import report, spread
+from zcore.checkpoint.geometry import latent_size
 from zcore.demo.check import style_of
-from zcore.demo.evaluate import draw_asks
-from zcore.imaging.geometry import latent_size
-from zcore.imaging.model.lora import LoraWeights, ScaledLora, adapted, bind, changeable
-from zcore.imaging.model.lora_file import parse_lora
-from zcore.imaging.model.transformer import VelocityModel
+from zcore.demo.evaluate import draw_cases
+from zcore.imaging.lora.adapters import LoraWeights, ScaledLora, adapted, bind, changeable
+from zcore.imaging.lora.lora_file import parse_lora
+from zcore.imaging.network.velocity_model import VelocityModel
 from zcore.imaging.pipeline import ZImagePipeline
 from zcore.imaging.sampling.schedule import sigmas
 
@@ -50,7 +50,7 @@ PUBLISHED = {
 
 @pytest.fixture(autouse=True)
 def no_gradients_and_one_thread() -> Iterator[None]:
-    """As the worker runs it."""
+    """Run everything as the worker does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():
@@ -106,8 +106,8 @@ def test_switch_of_the_published_size(rank: int) -> None:
 
 def test_styles_by_the_checker() -> None:
     pipe = ZImagePipeline.from_pretrained(DEMO / "checkpoint", torch_dtype=torch.float32)
-    asks = [ask for ask in draw_asks(120, held_out=False, seed=5) if ask.picture.layout != "night"]
-    asks = [ask for ask in asks if all(thing.colour != "black" for thing in ask.picture.things)][:40]
+    asks = [ask for ask in draw_cases(120, held_out=False, seed=5) if ask.composition.layout != "night"]
+    asks = [ask for ask in asks if all(thing.colour != "black" for thing in ask.composition.things)][:40]
     loras = {style: pipe.load_lora(DEMO / "loras" / f"demo-{style}.safetensors") for style in ("night", "outline")}
     sets: dict[str, list[tuple[LoraWeights, float]]] = {
         "none": [],
@@ -118,10 +118,10 @@ def test_styles_by_the_checker() -> None:
     }
     shares: dict[str, dict[str, float]] = {}
     for name, uses in sets.items():
-        pictures = [pipe(ask.text, width=128, height=128, seed=ask.seed, loras=uses) for ask in asks]
-        styles = [style_of(np.asarray(picture)) for picture in pictures]
+        images = [pipe(ask.text, width=128, height=128, seed=ask.seed, loras=uses) for ask in asks]
+        styles = [style_of(np.asarray(image)) for image in images]
         shares[name] = {style: round(styles.count(style) / len(asks), 3) for style in ("plain", "night", "outline")}
-    report("which share of pictures takes a LoRA's style, demo checkpoint", pictures=len(asks), **shares)
+    report("fraction of images in a LoRA's style, demo checkpoint", images=len(asks), **shares)
 
 
 def _random_lora(network: ZImageTransformer2DModel, rank: int) -> bytes:

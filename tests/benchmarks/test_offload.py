@@ -1,10 +1,10 @@
-"""What do weights cost that come to their device for each forward?
+"""What does it cost to copy the weights to the device for each forward?
 
-Method: the transformer with random weights, resident, brought as a network and streamed by block, a step each in turns;
-milliseconds a forward, and on a CUDA device the peak of its memory. On a CUDA device it is the published architecture
-in bfloat16 (ZIMAGE_LAYOUT_DIR names its configurations; 12 GB of the CPU's memory), at 512 and 1024 px; elsewhere the
-demo checkpoint in float32 at 128 and 256 px, where bringing is copying and gains nothing: there it shows what the
-copies and the Python around them cost.
+Method: one step each of the transformer with random weights that stay on the device, are copied as a network, and are
+streamed by block. Reported are milliseconds per forward, and on a CUDA device the peak of its memory. On a CUDA device
+it is the published architecture in bfloat16 (ZIMAGE_LAYOUT_DIR names its configurations; 12 GB of the CPU's memory), at
+512 and 1024 px; elsewhere the demo checkpoint in float32 at 128 and 256 px. There copying gains nothing, and the result
+is the cost of the copies and of the Python around them.
 """
 
 import time
@@ -16,15 +16,16 @@ import torch
 from torch import nn
 
 from tests.benchmarks.report import report
+from zcore.checkpoint.geometry import LatentSize
+from zcore.choices import Offload
 from zcore.demo import CHECKPOINT
-from zcore.imaging.geometry import LatentSize
-from zcore.imaging.model.loader import Offload, Placement, build_meta, load_transformer
-from zcore.imaging.model.transformer import VelocityModel
+from zcore.imaging.network.velocity_model import VelocityModel
+from zcore.imaging.weights.loader import Placement, build_meta, load_transformer
 
 pytestmark = pytest.mark.benchmarks
 
 UNITS: tuple[Offload, ...] = ("none", "network", "block")
-TURNS = 12
+ROUNDS = 12
 
 
 def test_streaming(layout_dir: Path) -> None:
@@ -42,7 +43,7 @@ def test_streaming(layout_dir: Path) -> None:
             milliseconds[unit], peaks[unit] = _measured(model, size, device)
             del model, network
         report(
-            f"a forward of {side_px} px with weights that stay, come as a network and come by block",
+            f"a forward of {side_px} px with resident weights, copied as a network and streamed by block",
             device=torch.cuda.get_device_name() if on_card else "cpu",
             ms=milliseconds,
             by_resident={unit: round(milliseconds[unit] / milliseconds["none"], 3) for unit in UNITS[1:]},
@@ -51,7 +52,7 @@ def test_streaming(layout_dir: Path) -> None:
 
 
 def _random(layout: Path, dtype: torch.dtype) -> nn.Module:
-    """The published architecture in the CPU's memory, with small random weights."""
+    """Return the published architecture in the CPU's memory, with small random weights."""
     network = build_meta(layout).transformer.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
     for weight in network.parameters():
         weight.normal_(std=0.02)
@@ -59,16 +60,16 @@ def _random(layout: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _measured(model: VelocityModel, size: LatentSize, device: torch.device) -> tuple[float, int]:
-    """Median of a step, its weights' coming included, and the peak in MB."""
+    """Return the median milliseconds of a step, the copies included, and the peak memory in MB."""
     embeds = torch.randn(101, model.prompt_width, device=device).to(model._dtype)
     latents = torch.randn(16, size.height, size.width, device=device)
     taken: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        for _ in range(TURNS):
+        for _ in range(ROUNDS):
             began = time.perf_counter()
-            brought = model.brought()
+            brought = model.on_device()
             brought.velocity(brought.plan(embeds, size, [0.8, 0.0]), latents, 0)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -1,10 +1,10 @@
-"""What fewer bits cost and save: bytes that are loaded, and how far a prompt, a forward and a picture are from float32.
+"""What does quantization cost and save: bytes of the weights, and the error of an embedding, a forward and an image?
 
-Method: the demo checkpoint in float32 on one thread, both networks packed as said, GGUF of the transformer alone.
-Bytes are those of all tensors that the two networks hold once they are loaded. Errors are norms of differences over
-norms, against the same with plain float32 weights: of the embeddings of 20 held-out captions, and of the velocity at
-noise level 0.8 for these (plain) embeddings at 128 px. The checker judges 60 held-out captions, painted with the same
-seeds. A forward's time is a ratio to the plain one, measured in turns, median of 30.
+Method: the demo checkpoint in float32 on one thread, both networks quantized by each kind, GGUF of the transformer
+alone. Bytes are those of all tensors of the two loaded networks. Errors are norms of differences divided by norms,
+against plain float32 weights: of the embeddings of 20 held-out captions, and of the velocity at noise level 0.8 for
+these (plain) embeddings at 128 px. The checker judges 60 held-out captions, generated with the same seeds. A forward's
+time is a ratio to the plain one, measured alternately, median of 30.
 """
 
 import random
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from tests.benchmarks.report import report
+from zcore.checkpoint.geometry import LatentSize
+from zcore.choices import Quantization
 from zcore.demo import CHECKPOINT
 from zcore.demo.captions import caption
 from zcore.demo.check import judge
-from zcore.demo.vocabulary import Kind, Picture, draw_picture
-from zcore.imaging.geometry import LatentSize
-from zcore.imaging.model.loader import Placement, load_text_encoder, load_transformer
-from zcore.imaging.model.quantization import Quantization
-from zcore.imaging.model.transformer import Plan, VelocityModel
+from zcore.demo.vocabulary import Composition, Kind, random_composition
+from zcore.imaging.network.velocity_model import Plan, VelocityModel
 from zcore.imaging.pipeline import ZImagePipeline
 from zcore.imaging.prompt_encoder import PromptEncoder
+from zcore.imaging.weights.loader import Placement, load_text_encoder, load_transformer
 from zcore.request import GenerationRequest
 
 pytestmark = pytest.mark.benchmarks
@@ -39,7 +39,7 @@ KINDS: tuple[Kind, ...] = ("object", "count", "pair")
 
 
 def bytes_of(network: nn.Module) -> int:
-    """Of every tensor, a packed one's parts included."""
+    """Return the bytes of all tensors, the parts of packed ones included."""
     found = 0
     for tensor in network.state_dict().values():
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if _is_packed(tensor) else [tensor]
@@ -47,14 +47,14 @@ def bytes_of(network: nn.Module) -> int:
     return found
 
 
-def held_out(count: int) -> list[tuple[Picture, str]]:
+def held_out(count: int) -> list[tuple[Composition, str]]:
     rng = random.Random("quantization")
-    pictures = [draw_picture(rng, KINDS[index % 3], held_out=True) for index in range(count)]
-    return [(one, caption(one, rng, True)) for one in pictures]
+    scenes = [random_composition(rng, KINDS[index % 3], held_out=True) for index in range(count)]
+    return [(one, caption(one, rng, True)) for one in scenes]
 
 
 @pytest.mark.parametrize("kind", ["none", "8bit", "fp8", "4bit"])
-def test_fewer_bits(kind: Quantization) -> None:
+def test_quantization(kind: Quantization) -> None:
     torch.set_num_threads(1)
     captions = held_out(max(CAPTIONS, TRIED))
     plain_encoder = PromptEncoder.from_pretrained(CHECKPOINT, torch_dtype="float32", device="cpu")
@@ -81,7 +81,7 @@ def test_fewer_bits(kind: Quantization) -> None:
         right += judge(wanted, np.asarray(pipeline.generate(request).images[0].image)).all_right
     placement = Placement(CPU, torch.float32, kind)
     report(
-        f"fewer bits: {kind}",
+        f"quantization: {kind}",
         transformer_mb=round(bytes_of(load_transformer(CHECKPOINT, placement)) / 1e6, 2),
         text_encoder_mb=round(bytes_of(load_text_encoder(CHECKPOINT, placement)) / 1e6, 2),
         embedding_error=round(median(embedding_errors), 4),
@@ -100,7 +100,7 @@ def error(found: Tensor, true: Tensor) -> float:
 
 
 def ratio(plain: tuple[VelocityModel, Plan], packed: tuple[VelocityModel, Plan], latents: Tensor) -> float:
-    """One forward after the other."""
+    """Return the time of a packed forward divided by that of a plain one right before it."""
     moments = [time.perf_counter()]
     for network, plan in (plain, packed):
         network.velocity(plan, latents, 0)

@@ -1,9 +1,9 @@
-"""What skip layer guidance costs a step, and what it does to the demo model's pictures.
+"""What does skip layer guidance cost per step, and how does it change the demo model's images?
 
-Method: float32 on one thread. Cost: one picture of 128x128, a forward, a forward with the prediction without skipped
-layers, and two forwards in turn, 40 times each after a warm-up. The arithmetic share (blocks that run, by blocks of two
-forwards) stands beside it. Pictures: held-out captions at 128x128, judged by the checker; a grid of plain and guided
-pictures of the same seeds is written to the folder that ZIMAGE_TEST_GRIDS names, if any.
+Method: float32 on one thread. Cost: one image of 128x128; a forward, a forward with the prediction without skipped
+layers, and two forwards, in turn, 40 times each after a warm-up. The arithmetic ratio (blocks that run, divided by
+blocks of two forwards) is reported with it. Images: held-out captions at 128x128, judged by the checker; if
+ZIMAGE_TEST_GRIDS names a folder, a grid of plain and guided images of the same seeds is written there.
 """
 
 import os
@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 
 from tests.benchmarks.report import report
+from zcore.checkpoint.geometry import LatentSize
 from zcore.demo import CHECKPOINT
 from zcore.demo.captions import caption
 from zcore.demo.check import judge
-from zcore.demo.vocabulary import Kind, draw_picture
-from zcore.imaging.geometry import LatentSize
-from zcore.imaging.model.loader import Placement, load_transformer
-from zcore.imaging.model.transformer import VelocityModel
+from zcore.demo.vocabulary import Kind, random_composition
+from zcore.imaging.network.velocity_model import VelocityModel
 from zcore.imaging.pipeline import ZImagePipeline
 from zcore.imaging.sampling.schedule import sigmas
+from zcore.imaging.weights.loader import Placement, load_transformer
 from zcore.request import GenerationRequest, SkipLayerGuidance
 
 pytestmark = pytest.mark.benchmarks
@@ -73,7 +73,7 @@ def test_cost_of_a_step(skipped: tuple[int, ...]) -> None:
     )
 
 
-def test_pictures() -> None:
+def test_images() -> None:
     torch.set_num_threads(1)
     pipeline = ZImagePipeline.from_pretrained(CHECKPOINT, torch_dtype="float32", dit_device="cpu", encoder_device="cpu")
     kinds: tuple[Kind, ...] = ("object", "count", "pair")
@@ -84,7 +84,7 @@ def test_pictures() -> None:
         verdicts: list[bool] = []
         row: list[np.ndarray] = []
         for index in range(TRIED):
-            wanted = draw_picture(rng, kinds[index % 3], held_out=True)
+            wanted = random_composition(rng, kinds[index % 3], held_out=True)
             request = GenerationRequest(prompt=caption(wanted, rng, True), width=128, height=128, seed=index, slg=slg)
             pixels = np.asarray(pipeline.generate(request).images[0].image)
             verdicts.append(judge(wanted, pixels).all_right)

@@ -1,8 +1,8 @@
-"""How many submissions a second does one API process accept on PostgreSQL, and how long does each take?
+"""How many submissions per second does one API process accept on PostgreSQL, and how long does each take?
 
-Method: one real server process, no worker; 16 keep-alive connections send POST /api/generate as fast as they are
-answered, first for 2 s of warm-up, then for 10 s that count, then one connection alone for 5 s. The limit it is
-measured against: the same table filled over 16 connections by plain SQL with one commit a row, in the same run.
+Method: one real server process, no worker; 16 keep-alive connections send POST /api/generate, each as soon as the last
+one is answered, for 2 s of warm-up and 10 s of measurement; then one connection alone for 5 s. The limit is a plain
+table filled over 16 connections with one commit per row, in the same run.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ def test_submission_rate(installation: Installation, database_url: str) -> None:
 
 
 async def _submit_for(port: int, connections: int, duration_s: float) -> list[float]:
-    """Milliseconds of every accepted submission."""
+    """Return the milliseconds of every accepted submission."""
     until = time.perf_counter() + duration_s
     taken = await asyncio.gather(*(_submit_on_one(port, until) for _ in range(connections)))
     return [sample for samples in taken for sample in samples]
@@ -78,7 +78,7 @@ async def _submit_on_one(port: int, until: float) -> list[float]:
 
 
 def _plain_rows_per_s(database_url: str, duration_s: float) -> float:
-    """The database's own speed at the least that a submission has to do: one durable row."""
+    """Return the database's rate for the least that a submission must do: one durable row."""
     address = database_url.replace("postgresql+psycopg://", "postgresql://")
     with psycopg.connect(address, autocommit=True) as connection:
         connection.execute("CREATE TABLE plain (id uuid PRIMARY KEY, body jsonb)")

@@ -1,7 +1,7 @@
-"""What tiles save and what they cost: peak memory and time of a decoding, and how far its pixels are from one piece.
+"""What do tiles save and cost: peak memory and time of a decoding, and the difference of its pixels from one piece?
 
-Method: the demo VAE in float32 on one thread. Memory: the latents of a picture of WxW pixels are decoded in a process
-of its own, in one piece and in tiles of 512 px with 64 px overlap; the growth of its resident peak is reported. Pixels:
+Method: the demo VAE in float32 on one thread. Memory: the latents of an image of WxW pixels are decoded in a new
+process, in one piece and in tiles of 512 px with 64 px overlap; the growth of its resident peak is reported. Pixels:
 true renders are encoded in one piece, decoded in one piece and in tiles, and compared by PSNR with each other and with
 the render.
 """
@@ -20,10 +20,10 @@ from tests.benchmarks.report import report
 from tests.conftest import TREE
 from zcore.demo import CHECKPOINT
 from zcore.demo.render import Pixels, render
-from zcore.demo.vocabulary import draw_picture
-from zcore.imaging.model.loader import Placement, load_vae
-from zcore.imaging.model.tiling import Tiling
-from zcore.imaging.model.vae import PictureCoder
+from zcore.demo.vocabulary import random_composition
+from zcore.imaging.network.tiling import Tiling
+from zcore.imaging.network.vae import VaeCodec
+from zcore.imaging.weights.loader import Placement, load_vae
 
 pytestmark = pytest.mark.benchmarks
 
@@ -31,19 +31,19 @@ CPU = torch.device("cpu")
 DECODING = """
 import resource, sys, time, torch
 from zcore.demo import CHECKPOINT
-from zcore.imaging.model import vae
-from zcore.imaging.model.tiling import Tiling
-from zcore.imaging.model.loader import Placement, load_vae
+from zcore.imaging.network import vae
+from zcore.imaging.network.tiling import Tiling
+from zcore.imaging.weights.loader import Placement, load_vae
 
 torch.set_num_threads(1)
 side, tiled = int(sys.argv[1]), sys.argv[2] == "tiles"
-coder = vae.PictureCoder(load_vae(CHECKPOINT, Placement(torch.device("cpu"), torch.float32)), torch.device("cpu"),
+coder = vae.VaeCodec(load_vae(CHECKPOINT, Placement(torch.device("cpu"), torch.float32)), torch.device("cpu"),
                          torch.float32)
 latents = torch.randn(16, side // 8, side // 8)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before, began = peak(), time.monotonic()
 with torch.inference_mode():
-    coder.decode(latents, Tiling() if tiled else None)
+    coder.decode_latents(latents, Tiling() if tiled else None)
 print(peak() - before, round(time.monotonic() - began, 1))
 """
 
@@ -63,15 +63,16 @@ def test_memory(side: int, way: str) -> None:
 def test_pixels(tiling: Tiling) -> None:
     torch.set_num_threads(1)
     vae = load_vae(CHECKPOINT, Placement(CPU, torch.float32))
-    coder = PictureCoder(vae, CPU, torch.float32)
+    coder = VaeCodec(vae, CPU, torch.float32)
     rng = random.Random(7)
     for kind in ("object", "scene"):
         found: dict[str, list[float]] = {"tiles to one piece": [], "tiles to render": [], "one piece to render": []}
         for index in range(10):
-            truth = render(draw_picture(rng, kind), 512, 512, random.Random(index))
+            truth = render(random_composition(rng, kind), 512, 512, random.Random(index))
             with torch.inference_mode():
-                latents = coder.draw(coder.encode(Image.fromarray(truth)), torch.Generator().manual_seed(index))
-                whole, tiled = (np.asarray(coder.decode(latents, way)) for way in (None, tiling))
+                distribution = coder.encode_latents(Image.fromarray(truth))
+                latents = coder.sample_latents(distribution, torch.Generator().manual_seed(index))
+                whole, tiled = (np.asarray(coder.decode_latents(latents, way)) for way in (None, tiling))
             found["tiles to one piece"].append(_psnr(tiled, whole))
             found["tiles to render"].append(_psnr(tiled, truth))
             found["one piece to render"].append(_psnr(whole, truth))

@@ -1,7 +1,7 @@
-"""What share of a busy worker's wall time is spent outside the pipeline?
+"""What fraction of a busy worker's wall time is spent outside the pipeline?
 
 Method: 50 jobs wait; then one worker starts and drains them, with PostgreSQL, Redis and S3. Between the first claim and
-the last completion everything that is not encode, denoise or decode counts as outside. The limit is 0.
+the last completion, all time that is not encode, denoise or decode counts as outside. The limit is 0.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_worker_share(installation: Installation, database_url: str, side_px: in
 
     def succeeded() -> int:
         with database.read() as transaction:
-            statement = select(func.count()).select_from(Job).where(Job.status == State.SUCCEEDED)
+            statement = select(func.count()).select_from(Job).where(Job.stored_status == State.SUCCEEDED)
             return transaction.session.scalar(statement) or 0
 
     body = {"prompt": "a red circle", "width": side_px, "height": side_px, "seed": 1}
@@ -56,5 +56,5 @@ def test_worker_share(installation: Installation, database_url: str, side_px: in
         wall_s=round(wall_s, 2),
         inside_s=round(inside_s, 2),
         outside_share=round(1 - inside_s / wall_s, 3),
-        pictures_per_s=round(JOBS / wall_s, 2),
+        images_per_s=round(JOBS / wall_s, 2),
     )

@@ -1,8 +1,4 @@
-"""An installation of the product for tests: its settings as an operator gives them, and its processes.
-
-Takes settings as dotted names; gives the environment, the parts that the processes would make of it, and the processes
-themselves, each with its log.
-"""
+"""An installation of the product for tests: its settings by dotted name, its database, and its processes with logs."""
 
 import json
 import os
@@ -27,7 +23,7 @@ TREE = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Server:
-    """A `python -m server` that answers."""
+    """A `python -m server` process that answers requests."""
 
     url: str
     running: Running
@@ -35,36 +31,41 @@ class Server:
 
 @dataclass(frozen=True)
 class Installation:
-    """One data folder, one database; the demo profile, changed by `settings`."""
+    """One data folder and one database, with the demo profile and the settings in `given`.
+
+    Keyless unless these contain API keys, and with maintenance in its workers unless these say otherwise.
+    """
 
     folder: Path
     given: dict[str, Any]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its processes are started with."""
+        """Environment variables of its processes."""
         chosen = {"profile": "demo", "data_dir": str(self.folder), "log.format": "json", **self.given}
+        chosen.setdefault("server.keyless", "server.api_keys" not in chosen)
+        chosen.setdefault("worker.maintenance", True)
         names = {f"ZIMAGE_{name.upper().replace('.', '__')}": _text(value) for name, value in chosen.items()}
         return {**os.environ, "OMP_NUM_THREADS": "1", **names}
 
     @property
     def settings(self) -> Settings:
-        """What its processes make of that."""
+        """Settings that its processes load."""
         return load_settings({name: text for name, text in self.environment.items() if name.startswith("ZIMAGE_")})
 
     def changed(self, **settings: Any) -> "Installation":
-        """The same one with other settings; `server__port=1` for `server.port`."""
+        """Return this installation with other settings; `server__port=1` sets `server.port`."""
         other = {name.replace("__", "."): value for name, value in settings.items()}
         return Installation(self.folder, {**self.given, **other})
 
     @contextmanager
     def database(self) -> Iterator[Database]:
-        """Its record, open in this process."""
+        """Open its database in this process."""
         with closing(Database(self.settings.database_url)) as opened:
             yield opened
 
     def start(self, package: str, name: str = "", *arguments: str) -> Running:
-        """`python -m package`, its log in the data folder."""
+        """Start `python -m package`, with its log in the data folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"{name or package}.log"
         command = [sys.executable, "-m", package, *arguments]
@@ -72,7 +73,7 @@ class Installation:
 
     @contextmanager
     def serving(self) -> Iterator[Server]:
-        """Its API, from the first answer to the end of the block."""
+        """Run its API server, and enter the block when it answers."""
         port = process.free_port()
         running = self.changed(server__port=port).start("server", f"server-{port}")
         url = f"http://127.0.0.1:{port}"
@@ -83,9 +84,9 @@ class Installation:
             running.stop(signal.SIGTERM)
 
     @contextmanager
-    def working(self, package: str = "worker", name: str = "") -> Iterator[Running]:
-        """A worker (or another process) until the end of the block; nobody waits for it to be ready."""
-        running = self.start(package, name)
+    def working(self, *arguments: str, package: str = "worker", name: str = "") -> Iterator[Running]:
+        """Run a worker (or another package) during the block, without waiting until it is ready."""
+        running = self.start(package, name, *arguments)
         try:
             yield running
         finally:
@@ -93,7 +94,7 @@ class Installation:
 
 
 def answers(url: str, running: Running) -> bool:
-    """Whether the API is up; raises with its log when it has ended."""
+    """Return whether the API answers. Raises with the end of its log if the process has ended."""
     running.check()
     try:
         return httpx.get(f"{url}/health/live", timeout=5).status_code == 200
@@ -102,13 +103,13 @@ def answers(url: str, running: Running) -> bool:
 
 
 def events(running: Running) -> list[dict[str, Any]]:
-    """The structured lines of a process's log so far."""
+    """Return the structured lines of a process's log so far."""
     lines = running.log.read_text(errors="replace").splitlines()
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def told(running: Running, event: str) -> bool:
-    """Whether the process has logged this event; raises with its log when it has ended."""
+def has_logged(running: Running, event: str) -> bool:
+    """Return whether the process has logged this event. Raises with the end of its log if the process has ended."""
     if any(line.get("event") == event for line in events(running)):
         return True
     running.check()
@@ -116,7 +117,7 @@ def told(running: Running, event: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    """As an environment variable: TOML for what is not text."""
+    """Return a value as an environment variable; anything but text is written as TOML."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict):

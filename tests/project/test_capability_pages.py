@@ -1,4 +1,4 @@
-"""The pages about capabilities show what their commands paint."""
+"""The pages about capabilities show the images that their commands generate."""
 
 import importlib.util
 import re
@@ -14,13 +14,13 @@ from PIL import Image
 TREE = Path(__file__).resolve().parents[2]
 PAGES = sorted((TREE / "docs" / "capabilities").glob("*.md"))
 ALIKE = 2.0
-"""Mean difference, of 255 levels, within which two pictures are the same: other processors round otherwise."""
+"""Mean difference, of 255 levels, up to which two images count as the same: processors round differently."""
 
 
 @pytest.fixture(scope="module")
-def pictures() -> ModuleType:
-    """`bin/pictures.py`."""
-    spec = importlib.util.spec_from_file_location("pictures", TREE / "bin" / "pictures.py")
+def example_images() -> ModuleType:
+    """`bin/example_images.py`."""
+    spec = importlib.util.spec_from_file_location("example_images", TREE / "bin" / "example_images.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -29,14 +29,14 @@ def pictures() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def painted(pictures: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the pages' commands make."""
+def generated(example_images: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all files that the commands of the pages write."""
     folder = tmp_path_factory.mktemp("pages")
-    for given in pictures.GIVEN:
+    for given in example_images.NOT_GENERATED:
         (folder / given).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(TREE / given, folder / given)
     threads = torch.get_num_threads()
-    pictures.paint(folder)
+    example_images.generate(folder)
     torch.set_num_threads(threads)
     return folder
 
@@ -46,34 +46,38 @@ def shown_on(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_picture_of_a_page_is_what_its_commands_paint(page: Path, pictures: ModuleType, painted: Path) -> None:
+def test_every_image_of_a_page_is_what_its_commands_generate(
+    page: Path, example_images: ModuleType, generated: Path
+) -> None:
     written = {
-        arguments[arguments.index("--output") + 1] for arguments in pictures.commands(page) if "--output" in arguments
+        arguments[arguments.index("--output") + 1]
+        for arguments in example_images.commands(page)
+        if "--output" in arguments
     }
     shown = shown_on(page)
-    assert shown, "a capability is shown by a picture"
-    assert shown <= {*written, *pictures.GIVEN}
+    assert shown, "a page about a capability shows an image"
+    assert shown <= {*written, *example_images.NOT_GENERATED}
     for name in shown:
         committed, fresh = (
-            np.asarray(Image.open(folder / name).convert("RGB"), np.float32) for folder in (TREE, painted)
+            np.asarray(Image.open(folder / name).convert("RGB"), np.float32) for folder in (TREE, generated)
         )
         assert committed.shape == fresh.shape, name
-        assert np.abs(committed - fresh).mean() < ALIKE, f"{name} is old: make pictures"
+        assert np.abs(committed - fresh).mean() < ALIKE, f"{name} is outdated: make example-images"
 
 
-def test_a_picture_painted_again_from_its_file_is_the_same_file(painted: Path) -> None:
-    assert (painted / "var/again.webp").read_bytes() == (painted / "docs/images/formats.webp").read_bytes()
+def test_an_image_generated_again_from_its_file_is_the_same_file(generated: Path) -> None:
+    assert (generated / "var/again.webp").read_bytes() == (generated / "docs/images/formats.webp").read_bytes()
 
 
-def test_the_kept_half_of_the_inpainted_picture_is_the_inputs_own(painted: Path) -> None:
+def test_the_preserved_half_of_the_inpainted_image_is_the_inputs_own(generated: Path) -> None:
     before, mask, after = (
-        np.asarray(Image.open(painted / f"docs/images/inpainting{name}.png").convert("RGB"))
+        np.asarray(Image.open(generated / f"docs/images/inpainting{name}.png").convert("RGB"))
         for name in ("-input", "-mask", "")
     )
-    kept = mask[..., 0] == 0
-    assert 0.4 < kept.mean() < 0.6
-    assert np.array_equal(before[kept], after[kept])
-    assert not np.array_equal(before[~kept], after[~kept])
+    preserved = mask[..., 0] == 0
+    assert 0.4 < preserved.mean() < 0.6
+    assert np.array_equal(before[preserved], after[preserved])
+    assert not np.array_equal(before[~preserved], after[~preserved])
 
 
 def test_every_page_is_linked_from_the_readme() -> None:

@@ -1,4 +1,4 @@
-"""Every promise stands in docs/promises.md with a test that exists, and what is promised exists."""
+"""docs/promises.md lists every promise with a test that exists, and every promised name exists."""
 
 import ast
 import re
@@ -38,27 +38,39 @@ CALLS = names("""
     ZImagePipeline.from_pretrained ZImagePipeline.__call__ ZImagePipeline.img2img ZImagePipeline.generate_multipass
     ZImagePipeline.from_pretrained_generator_only ZImagePipeline.generate_from_embeddings PromptEncoder.encode
 """)
+PROFILER = (
+    "zimage profile --show-info",
+    "zimage profile --tests encode,generate",
+    "zimage profile --sweep",
+    "zimage profile --attention-backend sdpa --tests generate",
+    "zimage benchmark attention",
+)
 ROWS = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", PAGE, re.MULTILINE))
 NAMED_TESTS = sorted(set(re.findall(r"`(tests/[\w/.]+\.py::\w+)`", PAGE)))
 
 
-@pytest.mark.parametrize("promise", [*FLAGS, *KEYS, *ROUTES, *CALLS])
-def test_every_promise_has_its_row_with_a_test(promise: str) -> None:
+@pytest.mark.parametrize("promise", [*FLAGS, *KEYS, *ROUTES, *CALLS, *PROFILER])
+def test_every_promise_has_a_row_with_a_test(promise: str) -> None:
     assert re.search(r"`tests/[\w/.]+::\w+`", ROWS[promise])
 
 
-def test_the_page_promises_nothing_that_is_not_listed_here() -> None:
-    assert set(ROWS) == {*FLAGS, *KEYS, *ROUTES, *CALLS}
+def test_the_page_lists_no_other_promises() -> None:
+    assert set(ROWS) == {*FLAGS, *KEYS, *ROUTES, *CALLS, *PROFILER}
 
 
 @pytest.mark.parametrize("name", NAMED_TESTS)
-def test_every_test_that_is_named_exists(name: str) -> None:
+def test_every_named_test_exists(name: str) -> None:
     path, _, function = name.partition("::")
     assert function in functions_of(TREE / path)
 
 
 def test_every_promised_flag_exists() -> None:
     assert set(FLAGS) <= parse(build_parser(), ["generate", "x"]).parser.flags.keys()
+
+
+@pytest.mark.parametrize("line", PROFILER)
+def test_every_command_of_the_profiler_exists(line: str) -> None:
+    parse(build_parser(), line.split()[1:])
 
 
 def test_every_promised_key_exists() -> None:

@@ -1,26 +1,26 @@
-"""The shipped prompt templates: enough of them, in order, each with words of its own, and all in the documentation."""
+"""The shipped prompt templates: enough of them, well-formed, different from each other, and all documented."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from zcore.imaging.text.templates import Template, TemplateLibrary
+from zcore.prompt.templates import Template, TemplateLibrary
 
 TREE = Path(__file__).resolve().parents[2]
 SHIPPED = TREE / "templates" / "z_image"
 PAGE = (TREE / "docs" / "templates.md").read_text(encoding="utf-8")
 TEMPLATES = TemplateLibrary.load(SHIPPED).templates
 REWRITERS = {name: template for name, template in TEMPLATES.items() if template.category == "rewriter"}
-# What conditions a picture: all but the empty one and those that speak to a language model.
-PAINTERS = {name: template for name, template in TEMPLATES.items() if template.body and name not in REWRITERS}
+# Templates that condition an image: all but the empty one and those for a language model.
+STYLES = {name: template for name, template in TEMPLATES.items() if template.body and name not in REWRITERS}
 CATEGORIES = {
     "aesthetic", "art", "character", "general", "photography", "rewriter", "scifi_fantasy", "style", "surreal",
     "technical",
 }  # fmt: skip
-# Other people's brands and names; templates known by them elsewhere have plain names here.
+# Brands and names of other people; templates that are known by them elsewhere have plain names here.
 FOREIGN = re.compile(
     r"polaroid|kodak|technicolor|octane|ghibli|ps1|playstation|ikea|instagram|linkedin|powerpoint|shrek|cabbage"
     r"|bob.?ross|wes.?anderson|formula.?1|jesus|leica|nikon|hasselblad|disney|pixar|marvel|photoshop|unreal|lego",
@@ -39,7 +39,7 @@ def test_every_file_is_a_template_of_its_own_name_in_the_folder_of_its_category(
     assert {path.parent.parent for path in SHIPPED.rglob("*.md")} == {SHIPPED}
 
 
-def test_the_categories_are_ten_and_photography_has_a_general_template_of_its_name() -> None:
+def test_there_are_ten_categories_and_photography_has_a_template_of_that_name() -> None:
     assert {template.category for template in TEMPLATES.values()} == CATEGORIES
     assert TEMPLATES["photography"].category == "photography"
 
@@ -57,48 +57,48 @@ def test_no_two_templates_are_described_alike() -> None:
     assert len(set(descriptions)) == len(descriptions)
 
 
-def test_the_default_template_says_nothing() -> None:
+def test_the_default_template_is_empty() -> None:
     assert TEMPLATES["default"].body == ""
-    assert set(TEMPLATES) - set(PAINTERS) - set(REWRITERS) == {"default"}
+    assert set(TEMPLATES) - set(STYLES) - set(REWRITERS) == {"default"}
 
 
-@pytest.mark.parametrize("name", PAINTERS)
+@pytest.mark.parametrize("name", STYLES)
 def test_a_body_is_a_paragraph_of_forty_to_a_hundred_and_ten_words(name: str) -> None:
-    assert 40 <= len(PAINTERS[name].body.split()) <= 110
-    assert "\n" not in PAINTERS[name].body
+    assert 40 <= len(STYLES[name].body.split()) <= 110
+    assert "\n" not in STYLES[name].body
 
 
-def test_a_rewriter_may_say_more() -> None:
+def test_a_rewriter_may_be_longer() -> None:
     assert len(REWRITERS) == 3
     for name, template in REWRITERS.items():
         assert 40 <= len(template.body.split()) <= 350, name
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_holds_no_placeholder_no_quotation_and_nobodys_brand(name: str) -> None:
-    """The model letters what stands in straight quotation marks into the picture."""
+def test_a_template_contains_no_placeholder_quotation_or_brand(name: str) -> None:
+    """The model renders text in straight quotation marks as lettering."""
     template = TEMPLATES[name]
     everything = f"{name} {template.description} {template.body}"
     assert not re.search(r'["<>{}\[\]]|TODO|\.\.\.', everything)
     assert not FOREIGN.search(everything)
 
 
-def test_no_template_touches_the_layout_of_the_answer() -> None:
+def test_no_template_changes_the_layout_of_the_answer() -> None:
     for name, template in TEMPLATES.items():
-        left_alone = (template.add_think_block, template.thinking_content, template.assistant_content)
-        assert left_alone == (False, "", ""), name
+        layout = (template.add_think_block, template.thinking_content, template.assistant_content)
+        assert layout == (False, "", ""), name
 
 
-def test_no_sentence_stands_in_two_templates() -> None:
-    homes: defaultdict[str, set[str]] = defaultdict(set)
+def test_no_sentence_is_in_two_templates() -> None:
+    users: defaultdict[str, set[str]] = defaultdict(set)
     for name, template in TEMPLATES.items():
         for sentence in sentences(template):
-            homes[sentence].add(name)
-    assert [shared for shared in homes.items() if len(shared[1]) > 1] == []
+            users[sentence].add(name)
+    assert [shared for shared in users.items() if len(shared[1]) > 1] == []
 
 
 def test_no_two_bodies_are_variations_of_one_text() -> None:
-    """The share of a body's four-word sequences that another body has as well; of two equal texts it is 1."""
+    """Bound the fraction of a body's four-word sequences that another body shares; for equal texts it is 1."""
     sequences = {name: four_grams(template) for name, template in TEMPLATES.items() if template.body}
     alike = [
         (one, other)
@@ -109,7 +109,7 @@ def test_no_two_bodies_are_variations_of_one_text() -> None:
     assert alike == []
 
 
-def test_the_page_lists_every_template_with_its_description_under_its_category_and_no_other() -> None:
+def test_the_page_lists_exactly_the_templates_with_description_and_category() -> None:
     listed: dict[str, tuple[str, str]] = {}
     category = ""
     for line in PAGE.splitlines():
@@ -121,18 +121,17 @@ def test_the_page_lists_every_template_with_its_description_under_its_category_a
     assert listed == {name: (template.category, template.description) for name, template in TEMPLATES.items()}
 
 
-def test_the_page_counts_right() -> None:
+def test_the_counts_on_the_page_are_right() -> None:
     counted = {heading[0]: int(heading[1]) for heading in re.findall(r"^### (\w+) \((\d+)\)$", PAGE, re.MULTILINE)}
-    kept = {category: sum(template.category == category for template in TEMPLATES.values()) for category in CATEGORIES}
-    assert counted == kept
+    assert counted == Counter(template.category for template in TEMPLATES.values())
 
 
 def sentences(template: Template) -> set[str]:
-    """A body's sentences, in lower case."""
+    """Return the sentences of a body, in lower case."""
     return {part.strip().lower() for part in re.split(r"[.!?](?:\s+|$)", template.body) if part.strip()}
 
 
 def four_grams(template: Template) -> set[tuple[str, ...]]:
-    """All sequences of four words in a body, in lower case."""
+    """Return all sequences of four words in a body, in lower case."""
     words = re.findall(r"\w+", template.body.lower())
     return set(zip(words, words[1:], words[2:], words[3:], strict=False))

@@ -1,4 +1,4 @@
-"""The tree is what its plan says: light server, own names, downward imports, one lock, nothing of anybody's machine."""
+"""Rules for the whole tree: a light server, unique package names, downward imports, one lock, no local paths."""
 
 import ast
 import re
@@ -15,13 +15,13 @@ from packaging.utils import canonicalize_name
 TREE = Path(__file__).resolve().parents[2]
 PACKAGES = ("server", "worker", "zcore")
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
-# A home, a workplace, a folder of wheels: none of them is where the reader is.
+# Home folders, working folders, folders of wheels: paths that exist only on the author's machine.
 MACHINE_PATH = re.compile(r"/(home|Users|root|work|opt)/[A-Za-z]")
 BINARY = (".safetensors", ".png", ".jpg", ".webp", ".avif", ".ico", ".woff2", ".bin", ".pt")
 
 
 def test_the_server_process_never_loads_a_model_library() -> None:
-    """Also not when it has built its app: a server's installation carries none of them."""
+    """An installation of the server contains none of them, so building its app must not import one."""
     program = "import sys, server.asgi; print(sorted(set(sys.modules) & set(sys.argv[1:])))"
     assert _python("-c", program, *HEAVY) == "[]"
 
@@ -32,7 +32,7 @@ def test_importing_the_packages_prints_nothing_and_loads_no_model_library() -> N
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_no_other_distribution_offers_our_names(name: str) -> None:
+def test_no_other_distribution_provides_our_packages(name: str) -> None:
     assert set(packages_distributions().get(name, [])) <= {"zimage"}
 
 
@@ -41,7 +41,7 @@ def test_folders_of_files_are_never_installed_as_packages(name: str) -> None:
     assert "zimage" not in packages_distributions().get(name, [])
 
 
-def test_imports_keep_to_the_contracts() -> None:
+def test_imports_follow_the_contracts() -> None:
     lint = subprocess.run(
         [Path(sys.executable).parent / "lint-imports", "--no-logo", "--no-cache"],
         cwd=TREE,
@@ -51,15 +51,15 @@ def test_imports_keep_to_the_contracts() -> None:
     assert lint.returncode == 0, lint.stdout
 
 
-def test_every_module_says_what_it_is() -> None:
-    silent = [
+def test_every_module_has_a_docstring() -> None:
+    undocumented = [
         path for package in PACKAGES for path in sorted((TREE / package).rglob("*.py"))
         if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]  # fmt: skip
-    assert not silent
+    assert not undocumented
 
 
-def test_no_tracked_file_names_a_place_on_somebodys_machine() -> None:
+def test_no_tracked_file_contains_a_local_path() -> None:
     found = [
         f"{name}:{number}: {line.strip()[:100]}"
         for name in _tracked() if not name.endswith(BINARY) and name != "tests/project/test_tree.py"
@@ -69,7 +69,7 @@ def test_no_tracked_file_names_a_place_on_somebodys_machine() -> None:
     assert not found
 
 
-def test_nothing_that_running_leaves_behind_is_tracked() -> None:
+def test_no_run_time_file_is_tracked() -> None:
     assert not [name for name in _tracked() if name.startswith(("var/", ".venv/")) or "__pycache__" in name]
 
 
@@ -83,25 +83,25 @@ def test_the_lock_pins_every_requirement_within_its_bounds() -> None:
     assert not unmet
 
 
-def test_the_lock_fits_machines_with_and_without_a_gpu() -> None:
+def test_the_lock_works_with_and_without_a_gpu() -> None:
     assert _pins()["torch"] == "2.13.0"
     assert not [name for name in _pins() if name.startswith(("nvidia", "triton", "cuda"))]
 
 
-def test_an_installation_of_the_server_alone_brings_no_model_library() -> None:
-    """Followed through everything that its requirements require in turn, as they are installed here."""
+def test_an_installation_of_the_server_contains_no_model_library() -> None:
+    """Follow the requirements transitively, as they are installed here."""
     project = _project()
     pending = [Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"]["server"])]
     seen: set[tuple[str, frozenset[str]]] = set()
     while pending:
-        asked = pending.pop()
-        name = canonicalize_name(asked.name)
-        if (name, frozenset(asked.extras)) in seen:
+        current = pending.pop()
+        name = canonicalize_name(current.name)
+        if (name, frozenset(current.extras)) in seen:
             continue
-        seen.add((name, frozenset(asked.extras)))
+        seen.add((name, frozenset(current.extras)))
         for line in requires(name) or ():
             further = Requirement(line)
-            extras = {"", *asked.extras}
+            extras = {"", *current.extras}
             if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
                 pending.append(further)
     names = {name for name, _ in seen}

@@ -1,1 +1,1 @@
-"""The real services of the tests: each file starts one from its PyPI package, or takes the address of another."""
+"""Real services for tests: each module starts one from its PyPI package, or uses an address from the environment."""

@@ -1,8 +1,8 @@
-"""A real browser for tests: an installed Chromium, else Debian's package where root may install it, else Playwright's.
+"""A real browser for tests: an installed Chromium, or Debian's package if root can install it, or Playwright's.
 
     python -m tests.services.browser        find one, or install one; `make test` runs this first
 
-Gives pages that reach nothing but this machine.
+Its pages can reach only this machine.
 """
 
 import os
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.services import debian
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -24,7 +26,10 @@ FLAGS = [
 
 @contextmanager
 def running() -> Iterator[Browser]:
-    """A browser process. Playwright keeps an event loop in this thread until the end: no `asyncio.run` meanwhile."""
+    """Yield a browser process.
+
+    Playwright runs an event loop in this thread until the end, so `asyncio.run` is not possible meanwhile.
+    """
     with sync_playwright() as playwright:
         program = installed() or playwright.chromium.executable_path
         if not os.path.exists(program):
@@ -38,7 +43,7 @@ def running() -> Iterator[Browser]:
 
 @contextmanager
 def page(browser: Browser) -> Iterator[Page]:
-    """A page without cookies or history."""
+    """Yield a page without cookies or history."""
     context = browser.new_context()
     context.set_default_timeout(20_000)
     try:
@@ -48,20 +53,17 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 def installed() -> str | None:
-    """The Chromium of this machine."""
+    """Return the path of the Chromium of this machine, or None."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 def install() -> None:
-    """See to it that there is one. Raises `CalledProcessError` when no way works."""
+    """Install a browser if there is none. Raises `CalledProcessError` if no way works."""
     if installed():
         return
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
-            subprocess.run(["apt-get", "--quiet", *command], env=environment, stdin=subprocess.DEVNULL, check=False)
-        if installed():
-            return
+    debian.install("chromium")
+    if installed():
+        return
     subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], stdin=subprocess.DEVNULL, check=True)
 
 

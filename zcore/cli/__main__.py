@@ -1,4 +1,4 @@
-"""`python -m zcore.cli`: the same as `zimage`."""
+"""Entry point of `python -m zcore.cli`, the same command as `zimage`."""
 
 import sys
 

@@ -1,9 +1,10 @@
-"""`zimage config`: the settings in force, and where each comes from.
+"""`zimage config`: print the settings in effect and the source of each.
 
-Takes a command line; gives a table. Secrets are not shown. Needs no torch.
+Masks secrets. Does not need torch.
 """
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -11,7 +12,8 @@ import msgspec
 
 from zcore.cli import setting_flags
 from zcore.cli.parser import Commands
-from zcore.cli.setting_flags import add_setting_flags, chosen_settings, value_of
+from zcore.cli.request_flags import flag_of
+from zcore.cli.setting_flags import ChosenSettings, add_setting_flags, chosen_settings, value_of
 from zcore.errors import ConfigurationError, did_you_mean
 from zcore.settings import setting_names
 
@@ -24,41 +26,60 @@ SECRETS = (
     "webhooks.secret",
 )
 ADDRESSES = ("database.url", "broker.url")
-"""Settings that may hold a user and a password in front of a host."""
+"""Settings whose URL may contain a user name and a password."""
 
 MASK = "***"
 
+DEFAULTS_OF_FIELDS = {
+    "width": "generation.width",
+    "height": "generation.height",
+    "steps": "generation.num_inference_steps",
+    "guidance_scale": "generation.guidance_scale",
+    "shift": "scheduler.shift",
+    "hidden_layer": "encoder.hidden_layer",
+    "long_prompt_mode": "pytorch.long_prompt_mode",
+}
+"""Settings that are the defaults of a request's fields."""
+
 DESCRIPTION = """\
-The settings in force: `key = value`, and where the value comes from: default, a table of the settings file, the
+Show the settings in effect as `key = value`, each with its source: default, a table of the settings file, the
 environment, or a flag. Secrets are masked.
 
-  zimage config                               all of them
-  zimage config --profile rtx4090             those of a profile
+  zimage config                               all settings
+  zimage config --profile rtx4090             the settings of a profile
   zimage config pytorch                       one section
   zimage config pytorch.compile               one setting"""
 
 
 def add_to(commands: Commands) -> None:
-    """The command with its flags."""
+    """Add the command and its flags."""
     parser = commands.add_parser(
-        "config", usage="zimage config [FLAGS] [KEY]", help="show the settings in force", description=DESCRIPTION
+        "config", usage="zimage config [FLAGS] [KEY]", help="show the settings in effect", description=DESCRIPTION
     )
-    parser.add_argument("key", metavar="KEY", nargs="?", help="A setting or a section; all where absent.")
+    parser.add_argument("key", metavar="KEY", nargs="?", help="Setting or section to show; all if omitted.")
     add_setting_flags(parser, setting_flags.ALL)
     parser.set_defaults(run=run, parser=parser)
+    parser.hints = {
+        flag_of(field): f"belongs to one request; the setting with its default is `--set {name}=...`"
+        for field, name in DEFAULTS_OF_FIELDS.items()
+    }
 
 
-def run(said: argparse.Namespace) -> int:
-    """Print. Raises `ConfigurationError`."""
-    chosen = chosen_settings(said)
-    lines = {name: f"{name} = {_shown(name, value_of(chosen.settings, name))}" for name in _wanted(said.key)}
-    width = min(72, max(map(len, lines.values())))
-    for name, line in lines.items():
-        print(f"{line:{width}}  # {chosen.origins[name]}")
+def run(arguments: argparse.Namespace) -> int:
+    """Print the settings. Raises `ConfigurationError` if one is invalid or `arguments.key` is unknown."""
+    chosen = chosen_settings(arguments)
+    print("\n".join(setting_lines(chosen, _matching_names(arguments.key))))
     return 0
 
 
-def _wanted(key: str | None) -> list[str]:
+def setting_lines(chosen: ChosenSettings, names: Iterable[str]) -> list[str]:
+    """Return `key = value  # source` for each of these settings, at least one."""
+    lines = {name: f"{name} = {_displayed(name, value_of(chosen.settings, name))}" for name in names}
+    width = min(72, max(map(len, lines.values())))
+    return [f"{line:{width}}  # {chosen.origins[name]}" for name, line in lines.items()]
+
+
+def _matching_names(key: str | None) -> list[str]:
     names = list(setting_names())
     found = [name for name in names if key is None or name == key or name.startswith(f"{key}.")]
     if not found:
@@ -68,18 +89,18 @@ def _wanted(key: str | None) -> list[str]:
     return found
 
 
-def _shown(name: str, value: Any) -> str:
-    """As TOML writes it, without what is nobody's business."""
+def _displayed(name: str, value: Any) -> str:
+    """Return the value as JSON, which is also TOML for every value but null, with secrets masked."""
     if name in SECRETS and value:
         return MASK
     if name in ADDRESSES and value:
-        return f'"{_without_account(value)}"'
+        return f'"{_without_credentials(value)}"'
     return msgspec.json.encode(value).decode()
 
 
-def _without_account(address: str) -> str:
-    """Passwords stand before the host or in the query."""
+def _without_credentials(address: str) -> str:
+    """Mask the user information and the query, since either may contain a password."""
     parts = urlsplit(address)
-    host = parts.netloc.rpartition("@")
-    netloc = f"{MASK}@{host[2]}" if host[1] else host[2]
+    credentials, _, host = parts.netloc.rpartition("@")
+    netloc = f"{MASK}@{host}" if credentials else host
     return urlunsplit((parts.scheme, netloc, parts.path, MASK if parts.query else "", ""))

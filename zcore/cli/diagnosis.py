@@ -1,7 +1,6 @@
-"""What `zimage doctor` found, as values, as words and as JSON.
+"""The findings of `zimage doctor`, and their formatting as text and as JSON.
 
-Takes what was found; gives lines for a person, or an object for programs. Asks nothing and computes nothing. Needs no
-torch.
+Only formats what it is given: queries no device and computes no estimate. Does not need torch.
 """
 
 from collections.abc import Sequence
@@ -10,73 +9,75 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zcore.cli.machine import Machine
-    from zcore.imaging.model.memory import DeviceMemory, Estimate, Painting, PhaseMemory
+    from zcore.imaging.memory_estimate import DeviceMemory, Estimate, GenerationShape, PhaseMemory
 
 GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """One thing that has to be there; `fault` says what is wrong with it."""
+class Check:
+    """Result of checking one thing that generation needs. `problem` is None if it passed."""
 
     name: str
     found: str
-    fault: str | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileFit:
-    """What a profile needs of the card, and why it does not fit, if so."""
+    """GPU memory that a profile needs. `problem` is the reason why it does not fit, or None if it does."""
 
     name: str
     peak_bytes: int
-    fault: str | None
+    problem: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All that is told. `why` is one line about the verdict."""
+    """Everything that the report contains. `reason` explains the verdict in one line."""
 
     machine: "Machine"
-    checked: tuple[Checked, ...]
-    painting: "Painting"
+    checks: tuple[Check, ...]
+    generation: "GenerationShape"
     estimate: "Estimate"
-    why: str
+    reason: str
     largest_square_px: int | None
     profiles: tuple[ProfileFit, ...]
 
 
-def why(found: "Estimate") -> str:
-    """The verdict's reason in one line. Of the device that lacks the most, or else of the card."""
-    known = [device for device in found.devices if device.memory_bytes is not None]
-    short = max(known, key=lambda device: (device.missing_bytes, device.device != "cpu", device.peak_bytes))
-    need = f"{short.device} needs {gib(short.peak_bytes)} of {gib(short.memory_bytes or 0)} to {short.widest.phase}"
-    return f"{need}, {gib(short.missing_bytes)} too much" if short.missing_bytes else need
+def reason_of(estimate: "Estimate") -> str:
+    """Explain the verdict in one line, for the device that lacks the most memory, or for the GPU if all is well."""
+    known = [device for device in estimate.devices if device.memory_bytes is not None]
+    tightest = max(known, key=lambda device: (device.missing_bytes, device.device != "cpu", device.peak_bytes))
+    available = gib(tightest.memory_bytes or 0)
+    need = f"{tightest.device} needs {gib(tightest.peak_bytes)} of {available} to {tightest.widest.phase}"
+    return f"{need}, {gib(tightest.missing_bytes)} too much" if tightest.missing_bytes else need
 
 
-def in_words(found: Diagnosis) -> list[str]:
-    """The report, line by line."""
-    size = f"{found.painting.width_px}x{found.painting.height_px}"
-    more = f", {found.painting.batch_size} at once" if found.painting.batch_size > 1 else ""
-    verdict = "fits" if found.estimate.fits else "does not fit"
-    side = found.largest_square_px
+def as_text(diagnosis: Diagnosis) -> list[str]:
+    """Return the lines of the report for people."""
+    estimate, generation = diagnosis.estimate, diagnosis.generation
+    size = f"{generation.width_px}x{generation.height_px}"
+    batch = f", {generation.batch_size} at once" if generation.batch_size > 1 else ""
+    verdict = "fits" if estimate.fits else "does not fit"
+    side = diagnosis.largest_square_px
     return [
-        *_of_machine(found.machine),
+        *machine_lines(diagnosis.machine),
         "",
-        *(_of_checked(one) for one in found.checked),
+        *(_check_line(check) for check in diagnosis.checks),
         "",
-        *_of_weights(found.estimate),
-        *(line for device in found.estimate.devices for line in ("", *_of_device(device, found.estimate.in_tiles))),
+        *_weight_lines(estimate),
+        *(line for device in estimate.devices for line in ("", *_device_lines(device, estimate.in_tiles))),
         "",
-        f"{size}{more}: {verdict}: {found.why}",
-        f"largest square picture: {f'{side}x{side}' if side else 'none fits'}",
-        *(_of_profiles(found.profiles)),
+        f"{size}{batch}: {verdict}: {diagnosis.reason}",
+        f"largest square image: {f'{side}x{side}' if side else 'none fits'}",
+        *(_profile_lines(diagnosis.profiles)),
     ]
 
 
-def as_json(found: Diagnosis) -> dict[str, Any]:
-    """All of it, with what follows from it: bytes, pixels, `fits`."""
-    told = asdict(found)
+def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return the report for programs, with derived values. Sizes are in bytes (`_bytes`) and pixels (`_px`)."""
+    report = asdict(diagnosis)
     devices = [
         {
             **asdict(device),
@@ -84,58 +85,59 @@ def as_json(found: Diagnosis) -> dict[str, Any]:
             "peak_bytes": device.peak_bytes,
             "missing_bytes": device.missing_bytes,
         }
-        for device in found.estimate.devices
+        for device in diagnosis.estimate.devices
     ]
-    return {**told, "estimate": {**told["estimate"], "devices": devices}, "fits": found.estimate.fits}
+    return {**report, "estimate": {**report["estimate"], "devices": devices}, "fits": diagnosis.estimate.fits}
 
 
 def gib(size_bytes: int) -> str:
-    """Bytes as a person reads them."""
+    """Format a number of bytes in GiB."""
     return f"{size_bytes / GIB:.2f} GiB"
 
 
-def _of_machine(machine: "Machine") -> list[str]:
+def machine_lines(machine: "Machine") -> list[str]:
+    """Return the lines about devices, torch, and the attention backends with the reason for each absence."""
     devices = [
-        f"{one.name:8}{gib(one.total_bytes):>11}"
-        + (f"  {one.description}" if one.pretended else f"{gib(one.free_bytes):>11} free  {one.description}")
-        for one in machine.devices
+        f"{device.name:8}{gib(device.total_bytes):>11}"
+        + (f"  {device.description}" if device.assumed else f"{gib(device.free_bytes):>11} free  {device.description}")
+        for device in machine.devices
     ]
-    usable = [name for name, fault in machine.attention.items() if fault is None]
-    others = [f"  not {name}: it {fault}" for name, fault in machine.attention.items() if fault is not None]
+    attention = [
+        f"  {name}: {'available' if problem is None else f'not available: {problem}'}"
+        for name, problem in machine.attention.items()
+    ]
     cuda = f"CUDA {machine.cuda_version}" if machine.cuda_version else "without CUDA"
-    return [*devices, f"torch {machine.torch_version}, {cuda}", f"attention: {', '.join(usable)}", *others]
+    return [*devices, f"torch {machine.torch_version}, {cuda}", "attention:", *attention]
 
 
-def _of_checked(one: Checked) -> str:
-    return f"{one.name}: {one.found}" if one.fault is None else f"{one.name}: {one.found}: NOT WHOLE: {one.fault}"
+def _check_line(check: Check) -> str:
+    return f"{check.name}: {check.found}" + (f": PROBLEM: {check.problem}" if check.problem else "")
 
 
-def _of_weights(found: "Estimate") -> list[str]:
-    rows = [f"{'weights':14}{'computes on':13}{'rests on':10}{'kind':18}{'bytes':>11}"]
+def _weight_lines(estimate: "Estimate") -> list[str]:
+    rows = [f"{'weights':14}{'computes on':13}{'stored on':10}{'kind':18}{'size':>11}"]
     return rows + [
-        f"{one.component:14}{one.device:13}{one.rests_on:10}{one.kind:18}{gib(one.size_bytes):>11}"
-        for one in found.weights
+        f"{weights.component:14}{weights.device:13}{weights.storage_device:10}{weights.kind:18}{gib(weights.size_bytes):>11}"
+        for weights in estimate.weights
     ]
 
 
-def _of_device(device: "DeviceMemory", in_tiles: bool) -> list[str]:
-    from zcore.imaging.model.memory import RUNTIME_BYTES
-
+def _device_lines(device: "DeviceMemory", in_tiles: bool) -> list[str]:
     def phase_line(phase: "PhaseMemory") -> str:
         note = ", in tiles" if phase.phase == "decode" and in_tiles and phase.working_bytes else ""
         parts = f"{gib(phase.weights_bytes):>11}{gib(phase.working_bytes):>11}{gib(phase.total_bytes):>11}"
         return f"{phase.phase:10}{parts}{note}"
 
     return [
-        f"{device.device:10}{'weights':>11}{'working':>11}{'together':>11}",
+        f"{device.device:10}{'weights':>11}{'working':>11}{'total':>11}",
         *map(phase_line, device.phases),
-        f"runtime   {gib(RUNTIME_BYTES):>33}, an allowance for what is not tensors; not measured",
+        f"runtime   {gib(device.runtime_bytes):>33}, allowance for memory outside tensors; not measured",
         f"peak      {gib(device.peak_bytes):>33} of {gib(device.memory_bytes or 0)}",
     ]
 
 
-def _of_profiles(profiles: Sequence[ProfileFit]) -> list[str]:
+def _profile_lines(profiles: Sequence[ProfileFit]) -> list[str]:
     if not profiles:
         return []
-    rows = [f"{one.name:12}{gib(one.peak_bytes):>11}  {'fits' if one.fault is None else one.fault}" for one in profiles]
-    return ["", "profiles on this card:", *rows]
+    rows = [f"{fit.name:12}{gib(fit.peak_bytes):>11}  {fit.problem or 'fits'}" for fit in profiles]
+    return ["", "profiles on this GPU:", *rows]

@@ -1,6 +1,6 @@
-"""The files that a command line names: read with an error that names the flag, written whole or not at all.
+"""Reading and writing the files that a command line names.
 
-Takes paths; gives bytes, or a place to write to. Does not know what is in a file.
+Read errors name the flag. Written files appear complete or not at all. Independent of the content of the files.
 """
 
 import os
@@ -12,29 +12,34 @@ from zcore.errors import InvalidRequest, StorageError
 
 
 @contextmanager
-def whole_file(path: Path) -> Generator[Path]:
-    """Where to write. Whatever stops the writer, Ctrl-C too, leaves `path` as it was. Raises `StorageError`."""
+def atomic_write(path: Path) -> Generator[Path]:
+    """Yield a temporary path that replaces `path` on success.
+
+    If the writer fails or is interrupted, `path` stays as it was. Raises `StorageError` if the disk refuses.
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as fault:
-        raise StorageError(f"{path}: cannot be written: {fault.strerror}") from fault
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_place(path: Path) -> None:
-    """Raise `InvalidRequest` for a path that no file can take, before anything is computed for it."""
+def check_output_path(path: Path) -> None:
+    """Raise `InvalidRequest` if no file can be written to this path. Called before the model is loaded."""
+    if str(path) == "-":
+        raise InvalidRequest.field("--output", "`-` (standard output) is not supported; give the path of a file")
     if not path.parent.is_dir():
-        raise InvalidRequest.field("--output", f"there is no folder {path.parent}")
+        raise InvalidRequest.field("--output", f"the folder {path.parent} does not exist; create it first")
     if path.is_dir():
-        raise InvalidRequest.field("--output", f"{path} is a folder")
+        raise InvalidRequest.field("--output", f"{path} is a folder; give the path of a file")
 
 
-def read_given(path: Path, flag: str) -> bytes:
-    """A file that a flag names. Raises `InvalidRequest`."""
+def read_file(path: Path, flag: str) -> bytes:
+    """Return the content of a file that `flag` names. Raises `InvalidRequest` if it cannot be read."""
     try:
         return path.read_bytes()
-    except OSError as fault:
-        raise InvalidRequest.field(flag, f"{path} cannot be read: {fault.strerror}") from fault
+    except OSError as error:
+        raise InvalidRequest.field(flag, f"{path} cannot be read: {error.strerror}") from error

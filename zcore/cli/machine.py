@@ -1,6 +1,7 @@
-"""What this machine has to compute with: devices with their memory, torch, and attention kernels.
+"""The hardware of this machine: devices with their memory, the torch version and the usable attention kernels.
 
-Takes nothing, or the sizes that a person pretends; gives frozen values. Loads torch. Does not know settings.
+Memory sizes can be overridden, to answer questions about hardware that is not present. Imports torch. Independent of
+the settings.
 """
 
 import os
@@ -9,26 +10,26 @@ from dataclasses import dataclass
 import torch
 
 from zcore.errors import CheckpointError
-from zcore.imaging.model.attention import attention_faults
-from zcore.imaging.model.loader import Placement, device_of
+from zcore.imaging.kernels.attention import attention_problems
+from zcore.imaging.weights.loader import Placement, device_of
 
 GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device by the name that settings give it, and its memory. `pretended` is one that need not be there."""
+    """A device, named as in the settings, and its memory. `assumed` means that the size was given, not measured."""
 
     name: str
     description: str
     total_bytes: int
     free_bytes: int
-    pretended: bool = False
+    assumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """All of it. `attention` is why each kernel cannot be used here, or None where it can."""
+    """Devices and software. `attention` maps each kernel to the reason why it cannot be used, or None if it can."""
 
     devices: tuple[Device, ...]
     torch_version: str
@@ -37,34 +38,40 @@ class Machine:
 
     @property
     def memory_bytes(self) -> dict[str, int]:
-        """What each device has in all."""
+        """Total memory by device name."""
         return {device.name: device.total_bytes for device in self.devices}
 
     @property
-    def pretends(self) -> bool:
-        """Whether it has a card that is not asked for its memory."""
-        return any(device.pretended and device.name == "cuda" for device in self.devices)
+    def assumes_gpu(self) -> bool:
+        """Whether the GPU is an assumed one."""
+        return any(device.assumed and device.name == "cuda" for device in self.devices)
 
     def device_of(self, name: str) -> torch.device:
-        """The device that a setting means; a pretended card is there. Raises `CheckpointError` for one that is not."""
-        if not self.pretends or name in ("cpu", "mps"):
+        """Return the device that a setting names; an assumed GPU counts as present.
+
+        Raises `CheckpointError` if there is no such device.
+        """
+        if not self.assumes_gpu or name in ("cpu", "mps"):
             return device_of(name)
         if name not in ("auto", "cuda", "cuda:0"):
-            raise CheckpointError(f"device: {name} was asked for, and one card is pretended")
+            raise CheckpointError(f"device: {name} does not exist: --vram assumes a single GPU, `cuda`")
         return torch.device("cuda")
 
 
-def this_machine(vram_gib: float | None = None, ram_gib: float | None = None) -> Machine:
-    """What there is; with `vram_gib` one card of that size in place of all, with `ram_gib` so much for the CPU."""
-    cpu = _cpu() if ram_gib is None else _pretended("cpu", ram_gib)
-    cards = _cards() if vram_gib is None else [_pretended("cuda", vram_gib)]
-    # Kernels are those of this machine, whatever is pretended.
+def inspect_machine(vram_gib: float | None = None, ram_gib: float | None = None) -> Machine:
+    """Return what this machine has.
+
+    `vram_gib` replaces all GPUs by a single one of that size; `ram_gib` replaces the size of the main memory.
+    """
+    cpu = _cpu() if ram_gib is None else _assumed("cpu", ram_gib)
+    gpus = _gpus() if vram_gib is None else [_assumed("cuda", vram_gib)]
+    # The attention kernels are always those of this machine, even if its devices are overridden.
     placement = Placement(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
-    return Machine((cpu, *cards), str(torch.__version__), torch.version.cuda, attention_faults(placement))
+    return Machine((cpu, *gpus), str(torch.__version__), torch.version.cuda, attention_problems(placement))
 
 
-def _pretended(name: str, gib: float) -> Device:
-    return Device(name, "pretended", round(gib * GIB), round(gib * GIB), pretended=True)
+def _assumed(name: str, gib: float) -> Device:
+    return Device(name, "assumed", round(gib * GIB), round(gib * GIB), assumed=True)
 
 
 def _cpu() -> Device:
@@ -74,7 +81,7 @@ def _cpu() -> Device:
 
 
 def _available_bytes() -> int | None:
-    """What programs may still take: Linux tells, caches left out; others do not."""
+    """Return the memory that programs can still allocate, including reclaimable caches; None except on Linux."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":", 1) for line in file)
@@ -83,10 +90,10 @@ def _available_bytes() -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
 
 
-def _cards() -> list[Device]:
+def _gpus() -> list[Device]:
     if torch.backends.mps.is_available():
-        most = torch.mps.recommended_max_memory()
-        return [Device("mps", "Apple GPU, in the CPU's memory", most, most)]
+        size = torch.mps.recommended_max_memory()
+        return [Device("mps", "Apple GPU, shares the CPU's memory", size, size)]
     found: list[Device] = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

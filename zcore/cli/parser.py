@@ -1,46 +1,56 @@
-"""argparse as this command line wants it: one line for a wrong use, and the flag that was probably meant.
+"""An argparse parser that raises one-line errors and suggests the flag that was probably meant.
 
-Takes arguments; gives what they say, or a `ConfigurationError`. Does not know any flag.
+Defines no flags of its own.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from zcore.errors import ConfigurationError, did_you_mean
 
 Commands = Any
-"""What argparse gives to add commands to; its class has no public name."""
+"""The object that `add_subparsers` returns; argparse has no public name for its class."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises instead of printing its usage, and takes no abbreviated flags."""
+    """A parser that raises instead of printing its usage, and accepts no abbreviated flags."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options, allow_abbrev=False)
+        self.hints: Mapping[str, str] = {}
+        """What to say about flags of other commands that this one does not have."""
+        self.commands: Sequence[str] = ()
+        """The commands of which one must be given, if any."""
 
     def error(self, message: str) -> NoReturn:
-        """What argparse found wrong, as an error of ours."""
+        """Raise argparse's complaint as a `ConfigurationError`."""
         raise ConfigurationError(message.removeprefix("argument "))
 
     @property
     def flags(self) -> dict[str, argparse.Action]:
-        """Every flag, and positionals by their names."""
+        """Every argument by its flags, and positional arguments by their metavar."""
         actions = [action for action in self._actions if action.dest != "help"]
         return {name: action for action in actions for name in action.option_strings or [str(action.metavar)]}
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """What is said. Raises `ConfigurationError`, for a flag that does not exist with the nearest that does."""
-    said, unknown = parser.parse_known_args(arguments)
+    """Return the parsed arguments.
+
+    Raises `ConfigurationError`, which for an unknown command or flag suggests the nearest one.
+    """
+    if arguments and parser.commands and not arguments[0].startswith("-") and arguments[0] not in parser.commands:
+        hint = did_you_mean(arguments[0], parser.commands)
+        raise ConfigurationError(f"`{arguments[0]}` is not a command ({', '.join(parser.commands)}){hint}")
+    parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise ConfigurationError(_unknown(unknown[0], said.parser))
-    return said
+        raise ConfigurationError(_unknown_argument(unknown[0], parsed.parser))
+    return parsed
 
 
-def _unknown(argument: str, command: Parser) -> str:
+def _unknown_argument(argument: str, command: Parser) -> str:
     if not argument.startswith("-"):
-        return f"`{argument}` is one argument too many; put what belongs together into quotes"
+        return f"unexpected argument `{argument}`; put a text of several words in quotes"
     flag = argument.partition("=")[0]
-    return f"{flag}: there is no such flag{did_you_mean(flag, command.flags)}"
+    return f"{flag}: {command.hints.get(flag) or f'unknown flag{did_you_mean(flag, command.flags)}'}"

@@ -1,48 +1,55 @@
-"""One line of a terminal that says how far a picture is.
+"""Progress line on a terminal.
 
-Takes a stream and the pipeline's progress; draws over its own line, and nothing at all where the stream is no terminal.
+Shows nothing if the stream is not a terminal. The line is removed at the end, whether by success, failure or Ctrl-C.
 """
 
-import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from zcore.imaging.pipeline import Progress
 
-WIDTH = 24
-TO_LINE_START = "\r\x1b[K"  # and clear the line
-
 
 class ProgressLine:
-    """`[########................] 3/9 denoise  1.2 s`. In a `with`: the line is gone at its end."""
+    """Context manager that shows either a text or the progress of one image."""
 
-    def __init__(self, stream: TextIO, pictures: int) -> None:
+    def __init__(self, stream: TextIO, images: int) -> None:
         self._stream = stream
-        self._pictures = pictures
-        self._picture = 0
-        self._shown = stream.isatty()
-        self._began = time.monotonic()
+        self._images = images
+        self._prefix = ""
+        self._bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> "ProgressLine":
         return self
 
-    def __exit__(self, *_fault: object) -> None:
-        self.say("")
+    def __exit__(self, *_error: object) -> None:
+        self.clear()
 
-    def say(self, text: str) -> None:
-        """This text in place of the last."""
-        if self._shown:
-            self._stream.write(f"{TO_LINE_START}{text}")
-            self._stream.flush()
+    def show(self, text: str) -> None:
+        """Replace the line by this text."""
+        self.clear()
+        self._bar = self._new_bar(desc=text, bar_format="{desc}")
 
-    def begin(self, picture: int) -> None:
-        """The next picture begins, counted from 1."""
-        self._picture = picture
-        self._began = time.monotonic()
+    def clear(self) -> None:
+        """Remove the line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def begin_image(self, number: int) -> None:
+        """Begin image `number` (from 1): its progress bar appears with the next step."""
+        self.clear()
+        self._prefix = f"image {number} of {self._images}, " if self._images > 1 else ""
 
     def step(self, progress: "Progress") -> None:
-        """What the pipeline tells."""
-        done = "#" * round(WIDTH * progress.step / progress.steps)
-        which = f"{self._picture} of {self._pictures} " if self._pictures > 1 else ""
-        spent_s = time.monotonic() - self._began
-        self.say(f"{which}[{done:.<{WIDTH}}] {progress.step}/{progress.steps} {progress.phase}  {spent_s:.1f} s")
+        """Draw the reported progress. The count goes back if an out-of-memory fallback restarts the image."""
+        description = f"{self._prefix}{progress.phase}"
+        if self._bar is None:
+            self._bar = self._new_bar(desc=description, total=progress.steps, unit="step")
+        self._bar.n = progress.step
+        self._bar.set_description(description)
+
+    def _new_bar(self, **options: Any) -> "tqdm[NoReturn]":
+        """Return a bar that clears its line when closed, and stays silent if the stream is not a terminal."""
+        return tqdm(file=self._stream, disable=None, leave=False, dynamic_ncols=True, **options)

@@ -1,12 +1,12 @@
-"""The fields of a `GenerationRequest` as flags.
+"""Command-line flags for the fields of a `GenerationRequest`.
 
-Takes names of fields; adds a flag for each to a parser, with the name, bounds and meaning that the request itself
-gives, and reads back what was said. A field added to the request is a flag by that. Checks kinds (a number, a choice);
-bounds are the request's to check.
+The name, bounds and help of each flag come from the field, so a new field gets its flag automatically. The parser
+checks types and choices; `parse_generation` checks bounds.
 """
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from zcore.errors import InvalidRequest
-from zcore.request import INPUT_FIELDS, SIZE_FIELDS, GenerationDefaults, GenerationRequest
+from zcore.request import INPUT_FIELDS, PASS_PRESETS, SIZE_FIELDS, GenerationDefaults, GenerationRequest
 from zcore.sizes import PRESETS, RATIOS
 
 TEXT_FIELDS = (
@@ -33,75 +33,72 @@ TEXT_FIELDS = (
     "layer_weights",
     "long_prompt_mode",
 )
-"""What an embedding follows from."""
+"""Fields that determine the embedding of a prompt."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "prompt": TEXT_FIELDS,
     "size": ("width", "height", *SIZE_FIELDS),
-    "painting": ("seed", "n", "steps", "shift", "guidance_scale", "cfg_normalization", "cfg_truncation", "passes"),
-    "starting from a picture": ("image", "mask", "strength", "strength_rule", "fit", "keep_unmasked"),
-    "format of the file": ("format", "quality"),
+    "generation": ("seed", "n", "steps", "shift", "guidance_scale", "cfg_normalization", "cfg_truncation", "passes"),
+    "starting from an image": ("image", "mask", "strength", "strength_rule", "fit", "keep_unmasked"),
+    "file format": ("format", "quality"),
 }
-"""How `--help` sorts them. A field that is named nowhere here comes under `more`."""
+"""Groups of flags in `--help`. A field that is in no group is listed under `more`."""
 
-SPELLED = {"prompt": "PROMPT", "image": "--img2img"}
-"""Where a flag is not the field's own name."""
+FLAG_NAMES = {"prompt": "PROMPT", "image": "--img2img"}
+"""Flags whose name differs from that of their field."""
 
-SAID_AS_SETTINGS = {"tiled_vae": "pytorch.tiled_vae", "slg": "slg.", "dype": "dype."}
-"""Fields that have flags as settings, whose names begin so: what those say is the request's default."""
+SETTING_PREFIXES = {"tiled_vae": "pytorch.tiled_vae", "slg": "slg.", "dype": "dype."}
+"""Fields that are set through the flags of settings with these prefixes, since settings are the request's defaults."""
 
-UNSAID = ("version", "loras")
-"""Fields without a flag: `loras` are names of a service's library; the command line has `--lora FILE:SCALE`."""
-
-PASS_PRESETS: dict[str, list[dict[str, float]]] = {
-    "twopass": [{"scale": 0.5}, {"scale": 1.0, "strength": 0.5}],
-    "threepass": [{"scale": 0.25}, {"scale": 0.5, "strength": 0.6}, {"scale": 1.0, "strength": 0.5}],
-}
+WITHOUT_FLAG = ("version", "loras")
+"""`loras` names LoRAs in the library of a service; the command line has `--lora FILE:SCALE` instead."""
 
 _OWN_HELP = {
-    "image": "Picture to start from. Without a size, the new one has this one's, rounded down to multiples of 16.",
-    "mask": "Picture that is white where to paint anew; the rest stays as it is in --img2img.",
+    "prompt": "What the image should show; `-` reads it from standard input.",
+    "image": "Image to start from. Without a size, the result has the size of this image, rounded down to multiples "
+    "of 16.",
+    "mask": "Image that is white where --img2img is to be changed; the rest is preserved.",
     "template": "Style by name; `zimage templates` lists them.",
-    "width": "Pixels.",
-    "height": "Pixels.",
-    "seed": "The same seed paints the same picture; at random when absent.",
-    "n": "How many pictures; the seed counts up.",
-    "passes": f"Several passes, each refining the last: {', '.join(PASS_PRESETS)}, or JSON as "
+    "width": "Width in pixels.",
+    "height": "Height in pixels.",
+    "seed": "The same seed gives the same image; random if omitted.",
+    "n": "Number of images; each uses the next seed.",
+    "passes": f"Several passes, each refining the one before: {', '.join(PASS_PRESETS)}, or JSON such as "
     '[{"scale": 0.5}, {"scale": 1.0, "strength": 0.5}].',
-    "format": "Of the file; else what --output ends in.",
-    "size": f"WIDTHxHEIGHT, a ratio as 16:9, or one of {', '.join(PRESETS)}.",
-    "aspect_ratio": f"One of {', '.join(RATIOS)}, or any other as W:H.",
-    "resolution": "Side in pixels of the square of the same area, for --aspect-ratio.",
+    "format": "Format of the file; by default the suffix of --output selects it.",
+    "size": f"WIDTHxHEIGHT, a ratio such as 16:9, or one of {', '.join(PRESETS)}.",
+    "aspect_ratio": f"One of {', '.join(RATIOS)}, or any other ratio W:H.",
+    "resolution": "For --aspect-ratio: the side, in pixels, of the square with the same area.",
 }
 
 
 def request_fields() -> tuple[str, ...]:
-    """All fields that flags are made of, in the order of the request."""
-    unsaid = (*UNSAID, *SAID_AS_SETTINGS)
-    return (*(name for name in GenerationRequest.__struct_fields__ if name not in unsaid), *SIZE_FIELDS)
+    """Return all fields that have a flag, in the order of the request."""
+    excluded = (*WITHOUT_FLAG, *SETTING_PREFIXES)
+    return (*(name for name in GenerationRequest.__struct_fields__ if name not in excluded), *SIZE_FIELDS)
 
 
 def flag_of(field: str) -> str:
-    """How a field of the request is said on the command line."""
-    return SPELLED.get(field, f"--{field.replace('_', '-')}")
+    """Return the flag of a request field."""
+    return FLAG_NAMES.get(field, f"--{field.replace('_', '-')}")
 
 
-def in_flags(fault: InvalidRequest) -> str:
-    """What is wrong, by the flags that said it."""
-    known = request_fields()
+def describe_errors(error: InvalidRequest) -> str:
+    """Return the error's message in terms of flags instead of request fields."""
+    known = (*request_fields(), "embeddings")
 
-    def spelled(pointer: str) -> str:
+    def flag_at(pointer: str) -> str:
         name, separator, rest = pointer.removeprefix("/").partition("/")
-        return f"{flag_of(name) if name in (*known, 'embeddings') else name}{separator}{rest}"
+        return f"{flag_of(name) if name in known else name}{separator}{rest}"
 
-    return "; ".join(f"{spelled(error.pointer)}: {error.detail}" for error in fault.errors)
+    return "; ".join(f"{flag_at(one.pointer)}: {one.detail}" for one in error.errors)
 
 
 def add_request_flags(parser: argparse.ArgumentParser, fields: Iterable[str], prompt_required: bool) -> None:
-    """A flag for each of the fields, sorted into groups."""
+    """Add a flag for each of these fields, sorted into groups."""
     wanted = list(fields)
-    sorted_in = {name for names in GROUPS.values() for name in names}
-    groups = {**GROUPS, "more": tuple(name for name in wanted if name not in sorted_in)}
+    grouped = {name for names in GROUPS.values() for name in names}
+    groups = {**GROUPS, "more": tuple(name for name in wanted if name not in grouped)}
     for title, names in groups.items():
         chosen = [name for name in names if name in wanted]
         if chosen:
@@ -110,20 +107,22 @@ def add_request_flags(parser: argparse.ArgumentParser, fields: Iterable[str], pr
                 _add(group, name, prompt_required)
 
 
-def said_fields(said: argparse.Namespace) -> dict[str, Any]:
-    """The fields that the command line names, as untyped as a JSON body."""
+def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields given on the command line, untyped like a JSON body."""
     known = request_fields()
-    return {name: value for name, value in vars(said).items() if name in known}
+    return {name: value for name, value in vars(arguments).items() if name in known}
 
 
-def fields_said_as_settings(said: argparse.Namespace) -> set[str]:
-    """The fields that the command line decides by a flag for a setting."""
-    return {field for field, begin in SAID_AS_SETTINGS.items() if any(name.startswith(begin) for name in vars(said))}
+def fields_set_by_settings(arguments: argparse.Namespace) -> set[str]:
+    """Return the fields that the command line sets by the flag of a setting."""
+    return {
+        field for field, prefix in SETTING_PREFIXES.items() if any(name.startswith(prefix) for name in vars(arguments))
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A field's type without its wrapping, and what the request says about it."""
+    """Unwrapped type of a field, and its metadata."""
 
     type: Any
     meta: Sequence[Meta]
@@ -134,7 +133,7 @@ class _Kind:
 
     @property
     def bounds(self) -> str:
-        """In words; empty for a text, whose length nobody counts at a terminal."""
+        """Bounds of a number in words; empty for other types and for open ranges."""
         if self.type not in (int, float):
             return ""
         low = next((f"{one.ge:g}" for one in self.meta if one.ge is not None), None)
@@ -156,14 +155,15 @@ def _kind(hint: Any) -> _Kind:
 def _add(group: Any, name: str, prompt_required: bool) -> None:
     options: dict[str, Any] = {"help": _help(name).replace("%", "%%"), "default": argparse.SUPPRESS}
     if name == "prompt":
-        group.add_argument(name, metavar=SPELLED[name], **options, **({} if prompt_required else {"nargs": "?"}))
+        optional = {} if prompt_required else {"nargs": "?"}
+        group.add_argument(name, metavar=FLAG_NAMES[name], type=_prompt, **options, **optional)
         return
     kind = _hints().get(name)
-    group.add_argument(flag_of(name), dest=name, **options, **_reading(name, kind))
+    group.add_argument(flag_of(name), dest=name, **options, **_value_options(name, kind))
 
 
-def _reading(name: str, kind: _Kind | None) -> dict[str, Any]:
-    """What argparse does with a flag's value."""
+def _value_options(name: str, kind: _Kind | None) -> dict[str, Any]:
+    """Return the argparse options that parse the flag's value."""
     if name in INPUT_FIELDS:
         return {"metavar": "FILE"}
     if name == "resolution":
@@ -180,17 +180,17 @@ def _reading(name: str, kind: _Kind | None) -> dict[str, Any]:
 
 
 def _help(name: str) -> str:
-    """What the request says about the field, its bounds and its default."""
+    """Return the description of the field with its bounds and default."""
     kind = _hints().get(name)
     if kind is None:
         return _OWN_HELP[name]
     notes = [kind.bounds, _default(name)]
-    noted = "; ".join(note for note in notes if note)
-    return (_OWN_HELP.get(name) or _by_flags(kind.description)) + (f" ({noted})" if noted else "")
+    suffix = "; ".join(note for note in notes if note)
+    return (_OWN_HELP.get(name) or _with_flags(kind.description)) + (f" ({suffix})" if suffix else "")
 
 
-def _by_flags(text: str) -> str:
-    """A sentence about fields as one about flags."""
+def _with_flags(text: str) -> str:
+    """Replace the names of fields by their flags."""
     names = "|".join(name for name in request_fields() if "_" in name)
     return re.sub(rf"\b({names})\b", lambda found: flag_of(found[0]), text)
 
@@ -209,6 +209,16 @@ def _hints() -> dict[str, _Kind]:
     return {field.name: _kind(field.type) for field in msgspec.structs.fields(GenerationRequest)}
 
 
+def _prompt(text: str) -> str:
+    """Return the prompt, read from standard input for `-`."""
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError("standard input is not valid UTF-8") from None
+
+
 def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
     def read(text: str) -> float:
         try:
@@ -223,8 +233,8 @@ def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
 def _json(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError as fault:
-        raise argparse.ArgumentTypeError(f"is not JSON: {fault}") from None
+    except msgspec.DecodeError as error:
+        raise argparse.ArgumentTypeError(f"is not valid JSON: {error}") from None
 
 
 def _passes(text: str) -> Any:

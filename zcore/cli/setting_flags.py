@@ -1,7 +1,7 @@
-"""The settings that have a flag of their own, and `--set` for all others.
+"""Command-line flags for settings, and `--set` for the settings without one.
 
-Takes a parser to add them to; gives the `Settings` that a command line, the environment and the file make together:
-flag before `--set` before environment before profile. Does not know requests.
+`chosen_settings` combines the command line, the environment and the settings file into `Settings`. Precedence: flags,
+`--set`, environment, profile. Independent of requests.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from zcore.settings import (
 
 @dataclass(frozen=True, slots=True)
 class SettingFlag:
-    """A flag that says one setting, or several at once. `needs` is the switch without which it does nothing."""
+    """A flag for one or more settings. `needs` is the setting that must be on for the flag to have an effect."""
 
     names: tuple[str, ...]
     settings: tuple[str, ...]
@@ -34,131 +34,155 @@ class SettingFlag:
 
 CHECKPOINT = (
     SettingFlag(
-        ("--model-path",), ("model_path",), "The checkpoint: a folder in the diffusers layout, or a Hugging Face name."
+        ("--model-path",),
+        ("model_path",),
+        "Checkpoint: a folder in the diffusers layout, or a Hugging Face model name.",
     ),
 )
-TEMPLATES = (SettingFlag(("--templates-dir",), ("templates_dir",), "Folder of prompt templates."),)
+TEMPLATES = (SettingFlag(("--templates-dir",), ("templates_dir",), "Folder with prompt templates."),)
 ENCODER = (
     SettingFlag(
-        ("--encoder-device",), ("encoder.device",), "Where the text encoder runs: auto, cpu, mps, cuda or cuda:N."
+        ("--encoder-device",), ("encoder.device",), "Device of the text encoder: auto, cpu, mps, cuda or cuda:N."
     ),
     SettingFlag(
         ("--dtype",),
         ("pipeline.torch_dtype", "encoder.torch_dtype"),
-        "Arithmetic of the text encoder and the transformer.",
+        "Number format in which the text encoder and the transformer compute.",
     ),
-    SettingFlag(("--quantization",), ("encoder.quantization",), "The text encoder's weights in fewer bits."),
-    SettingFlag(("--encoder-weights",), ("encoder.weights_file",), "A single file with the text encoder's weights."),
+    SettingFlag(
+        ("--quantization",), ("encoder.quantization",), "Store the text encoder's weights in this smaller format."
+    ),
+    SettingFlag(
+        ("--encoder-weights",),
+        ("encoder.weights_file",),
+        "Single file with the weights of the text encoder: safetensors or GGUF.",
+    ),
 )
-PAINTER = (
+TRANSFORMER_AND_VAE = (
     SettingFlag(
         ("--dit-device", "--device"),
         ("pipeline.device",),
-        "Where the transformer runs, and the VAE unless --vae-device says otherwise.",
+        "Device of the transformer, and of the VAE unless --vae-device is given.",
     ),
-    SettingFlag(("--vae-device",), ("pipeline.vae_device",), "Where the VAE runs."),
-    SettingFlag(("--dit-quantization",), ("pipeline.quantization",), "The transformer's weights in fewer bits."),
+    SettingFlag(("--vae-device",), ("pipeline.vae_device",), "Device of the VAE."),
+    SettingFlag(
+        ("--dit-quantization",), ("pipeline.quantization",), "Store the transformer's weights in this smaller format."
+    ),
     SettingFlag(
         ("--dit-weights",),
         ("pipeline.weights_file",),
-        "A single file with the transformer's weights, safetensors or GGUF.",
+        "Single file with the weights of the transformer: safetensors or GGUF.",
     ),
-    SettingFlag(("--vae-weights",), ("pipeline.vae_weights_file",), "A single file with the VAE's weights."),
+    SettingFlag(("--vae-weights",), ("pipeline.vae_weights_file",), "Single file with the weights of the VAE."),
     SettingFlag(
-        ("--cpu-offload",), ("pytorch.cpu_offload",), "Weights rest in the CPU's memory and come to the GPU to compute."
+        ("--cpu-offload",),
+        ("pytorch.cpu_offload",),
+        "Store the weights in CPU memory and copy them to the GPU when they are needed.",
     ),
-    SettingFlag(("--attention-backend",), ("pytorch.attention_backend",), "Attention kernel; auto takes the fastest."),
+    SettingFlag(
+        ("--attention-backend",),
+        ("pytorch.attention_backend",),
+        "Attention kernel; auto selects FlashAttention if it is usable, else sdpa.",
+    ),
     SettingFlag(
         ("--compile",),
         ("pytorch.compile",),
-        "Compile the transformer: a slow first picture, then about a tenth faster.",
+        "Compile the transformer: the first image is slow, later ones are about a tenth faster.",
     ),
-    SettingFlag(("--tiled-vae",), ("pytorch.tiled_vae",), "The VAE works in tiles even where memory would do."),
+    SettingFlag(("--tiled-vae",), ("pytorch.tiled_vae",), "Run the VAE in tiles even if memory suffices without them."),
     SettingFlag(("--tile-size",), ("pytorch.tile_size",), "Side of a tile in pixels."),
-    SettingFlag(("--tile-overlap",), ("pytorch.tile_overlap",), "Overlap of tiles in pixels."),
-    SettingFlag(("--dype",), ("dype.enabled",), "Dynamic position extrapolation, for pictures of 2K to 4K."),
-    SettingFlag(("--dype-method",), ("dype.method",), "How positions are extrapolated.", "dype.enabled"),
-    SettingFlag(("--dype-scale",), ("dype.dype_scale",), "How strongly.", "dype.enabled"),
-    SettingFlag(("--dype-exponent",), ("dype.dype_exponent",), "How fast that fades along the steps.", "dype.enabled"),
+    SettingFlag(("--tile-overlap",), ("pytorch.tile_overlap",), "Overlap of neighboring tiles in pixels."),
+    SettingFlag(("--dype",), ("dype.enabled",), "Dynamic position extrapolation, for images of 2K to 4K."),
+    SettingFlag(("--dype-method",), ("dype.method",), "Method of extrapolating positions.", "dype.enabled"),
+    SettingFlag(("--dype-scale",), ("dype.dype_scale",), "Strength of the extrapolation.", "dype.enabled"),
+    SettingFlag(
+        ("--dype-exponent",),
+        ("dype.dype_exponent",),
+        "How early the extrapolation fades over the steps.",
+        "dype.enabled",
+    ),
     SettingFlag(("--slg",), ("slg.enabled",), "Skip layer guidance, for better anatomy."),
-    SettingFlag(("--slg-scale",), ("slg.scale",), "How strongly it guides.", "slg.enabled"),
-    SettingFlag(("--slg-layers",), ("slg.layers",), "Which layers are skipped, as 7,8,9.", "slg.enabled"),
-    SettingFlag(("--slg-start",), ("slg.start",), "Part of the steps at which it begins, 0 to 1.", "slg.enabled"),
-    SettingFlag(("--slg-stop",), ("slg.stop",), "Part of the steps at which it ends, 0 to 1.", "slg.enabled"),
+    SettingFlag(("--slg-scale",), ("slg.scale",), "Strength of skip layer guidance.", "slg.enabled"),
+    SettingFlag(("--slg-layers",), ("slg.layers",), "Layers to skip, such as 7,8,9.", "slg.enabled"),
+    SettingFlag(
+        ("--slg-start",), ("slg.start",), "Fraction of the steps at which the guidance starts, 0 to 1.", "slg.enabled"
+    ),
+    SettingFlag(
+        ("--slg-stop",), ("slg.stop",), "Fraction of the steps at which the guidance stops, 0 to 1.", "slg.enabled"
+    ),
 )
-ALL = (*CHECKPOINT, *TEMPLATES, *ENCODER, *PAINTER)
+ALL = (*CHECKPOINT, *TEMPLATES, *ENCODER, *TRANSFORMER_AND_VAE)
 PATHS = ("model_path", "templates_dir", "encoder.weights_file", "pipeline.weights_file", "pipeline.vae_weights_file")
-"""Settings whose value is looked up from the working folder when a flag says it."""
+"""Settings whose flags take a path relative to the working folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChosenSettings:
-    """The settings in force, where each comes from, and what the command line calls those that it said by a flag."""
+    """The settings in effect, and the source of each by its dotted name."""
 
     settings: Settings
     origins: dict[str, str]
-    spelled: dict[str, str]
 
 
 def add_setting_flags(parser: argparse.ArgumentParser, flags: Sequence[SettingFlag]) -> None:
-    """`--config`, `--profile` and `--set`, and these."""
+    """Add these flags, and `--config`, `--profile` and `--set`."""
     group = parser.add_argument_group(
-        "settings", "All others stand in the environment and in config.toml; see docs/settings.md."
+        "settings", "Use --set, the environment or config.toml for settings that have no flag; see docs/settings.md."
     )
-    group.add_argument("--config", metavar="FILE", type=Path, help="Settings file, in place of config/config.toml.")
-    group.add_argument("--profile", metavar="NAME", help="Table of the settings file, as demo or rtx4090.")
+    group.add_argument(
+        "--config", metavar="FILE", type=Path, help="Settings file to use instead of config/config.toml."
+    )
+    group.add_argument("--profile", metavar="NAME", help="Table of the settings file, such as demo or rtx4090.")
     group.add_argument(
         "--set",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="Any setting, as pytorch.compile=true. Repeatable.",
+        help="Set any setting, such as pytorch.compile=true. Repeatable.",
     )
     _add(group, flags)
-    if PAINTER[0] in flags:
+    if TRANSFORMER_AND_VAE[0] in flags:
         group.add_argument(
             "--lora",
             metavar="FILE:SCALE",
             action="append",
             default=[],
-            help="LoRA file with its strength, as style.safetensors:0.8. Repeatable.",
+            help="LoRA file and its strength, such as style.safetensors:0.8. Repeatable.",
         )
 
 
-def chosen_settings(said: argparse.Namespace) -> ChosenSettings:
-    """What is in force. Raises `ConfigurationError`."""
+def chosen_settings(arguments: argparse.Namespace) -> ChosenSettings:
+    """Return the settings in effect for these arguments. Raises `ConfigurationError` if one is invalid."""
+    given = vars(arguments)
     by_flag: dict[str, Any] = {}
-    spelled: dict[str, str] = {}
     for flag in ALL:
-        if flag.settings[0] in vars(said):
-            by_flag |= dict.fromkeys(flag.settings, vars(said)[flag.settings[0]])
-            spelled |= dict.fromkeys(flag.settings, flag.names[0])
-    if getattr(said, "lora", []):
-        by_flag |= _loras(said.lora)
-        spelled["lora.paths"] = "--lora"
-    profile = {"profile": said.profile} if said.profile else {}
-    overrides = {**overrides_from_arguments(said.set), **by_flag, **profile}
-    settings = load_settings(os.environ, overrides, said.config)
+        if flag.settings[0] in given:
+            by_flag |= dict.fromkeys(flag.settings, given[flag.settings[0]])
+    if given.get("lora"):
+        by_flag |= _loras(arguments.lora)
+    profile = {"profile": arguments.profile} if arguments.profile else {}
+    overrides = {**overrides_from_arguments(arguments.set), **by_flag, **profile}
+    settings = load_settings(os.environ, overrides, arguments.config)
     for flag in ALL:
-        if flag.needs and flag.settings[0] in vars(said) and not value_of(settings, flag.needs):
-            raise ConfigurationError(f"{flag.names[0]}: does nothing without {_switch(flag.needs)}")
-    return ChosenSettings(settings, setting_origins(os.environ, overrides, said.config), spelled)
+        if flag.needs and flag.settings[0] in given and not value_of(settings, flag.needs):
+            raise ConfigurationError(f"{flag.names[0]}: has no effect without {_flag_of(flag.needs)}")
+    return ChosenSettings(settings, setting_origins(os.environ, overrides, arguments.config))
 
 
 def value_of(settings: Settings, name: str) -> Any:
-    """A setting by its dotted name."""
+    """Return the value of a setting by its dotted name."""
     section, _, key = name.rpartition(".")
     return getattr(getattr(settings, section) if section else settings, key)
 
 
 def _add(group: Any, flags: Sequence[SettingFlag]) -> None:
     for flag in flags:
-        reading = _reading(flag)
-        group.add_argument(*flag.names, dest=flag.settings[0], help=flag.help, default=argparse.SUPPRESS, **reading)
+        options = _value_options(flag)
+        group.add_argument(*flag.names, dest=flag.settings[0], help=flag.help, default=argparse.SUPPRESS, **options)
 
 
-def _reading(flag: SettingFlag) -> dict[str, Any]:
-    """What argparse does with the flag's value."""
+def _value_options(flag: SettingFlag) -> dict[str, Any]:
+    """Return the argparse options that parse the flag's value."""
     name = flag.settings[0]
     kind = setting_names()[name]
     if kind is bool:
@@ -176,7 +200,7 @@ def _reader(flag: SettingFlag) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         if name in PATHS:
-            return _from_here(text)
+            return _absolute(text)
         kind = setting_names()[name]
         kind = kind.__origin__ if get_origin(kind) is Annotated else kind
         written = f"[{text}]" if get_origin(kind) is tuple else text
@@ -185,24 +209,26 @@ def _reader(flag: SettingFlag) -> Callable[[str], Any]:
     return read
 
 
-def _loras(said: Sequence[str]) -> dict[str, Any]:
-    """`style.safetensors:0.8` as the settings have it; without a scale, 1."""
+def _loras(arguments: Sequence[str]) -> dict[str, Any]:
+    """Parse arguments such as `style.safetensors:0.8` into settings; the scale is 1 if omitted."""
     paths: list[str] = []
     scales: list[float] = []
-    for one in said:
-        path, separator, scale = one.rpartition(":")
+    for argument in arguments:
+        path, separator, scale = argument.rpartition(":")
         try:
             scales.append(float(scale) if separator else 1.0)
         except ValueError:
-            raise ConfigurationError(f"--lora: `{one}` has to be FILE:SCALE, as style.safetensors:0.8") from None
-        paths.append(_from_here(path or one))
+            raise ConfigurationError(
+                f"--lora: must be FILE:SCALE such as style.safetensors:0.8, not `{argument}`"
+            ) from None
+        paths.append(_absolute(path or argument))
     return {"lora.paths": paths, "lora.scales": scales}
 
 
-def _from_here(path: str) -> str:
-    """A path as typed begins at the working folder; one that is not there may be a name of the hub's."""
+def _absolute(path: str) -> str:
+    """Make an existing path absolute. Other values stay as they are, since they may be Hugging Face names."""
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
-def _switch(setting: str) -> str:
+def _flag_of(setting: str) -> str:
     return next(flag.names[0] for flag in ALL if flag.settings[0] == setting)

@@ -1,7 +1,7 @@
-"""Stage `adopt`: an exported model in, a workplace to train on from out.
+"""Stage `adopt`: fill an empty training folder from an exported model, to train on from it.
 
-The inverse of `export`, for whoever has the shipped folder but not the states that it was trained in: the weights
-(rounded to bfloat16) and the logs become the states of an empty workplace. Optimizers begin anew.
+The inverse of `export`, for use when only the shipped model exists and not the states of its training: the weights
+(rounded to bfloat16) and the logs become the states. Optimizers start fresh.
 """
 
 import csv
@@ -9,30 +9,30 @@ from pathlib import Path
 from typing import Any, Final
 
 from zcore.demo.stock import load
-from zcore.demo.workplace import Workplace
+from zcore.demo.training_folder import TrainingFolder
 
 _WEIGHTS: Final = {"vae": ("vae",), "text_encoder": ("model",), "transformer": ("model", "average")}
-"""The stages that train a part of the pipeline of the same name, and under which keys their states hold its weights."""
+"""Stages named like the part of the pipeline that they train, and the keys of its weights in their states."""
 
 
-def adopt(place: Workplace, folder: Path, logs: Path) -> None:
-    """Fill an empty workplace from an exported folder and the logs of its training.
+def adopt(training: TrainingFolder, folder: Path, logs: Path) -> None:
+    """Fill an empty training folder from an exported model and the logs of its training.
 
-    Raises FileExistsError where the workplace holds a training already: it would be lost.
+    Raises `FileExistsError` if the folder already contains a training, which would be lost.
     """
-    if place.path("tokenizer").exists():
-        raise FileExistsError(f"{place.folder} holds a training already; name an empty folder by --work")
+    if training.path("tokenizer").exists():
+        raise FileExistsError(f"{training.folder} already contains a training; give an empty folder with --work")
     pipeline: Any = load(folder)
     for stage, keys in _WEIGHTS.items():
         log = logs / f"{stage}.csv"
-        place.path(log.name).write_bytes(log.read_bytes())
+        training.path(log.name).write_bytes(log.read_bytes())
         last = list(csv.DictReader(log.read_text().splitlines()))[-1]
         progress = {name: float(last[name]) for name in ("seconds", "level", "samples") if name in last}
         weights = getattr(pipeline, stage).state_dict()
         numbers = {name: value if name == "seconds" else int(value) for name, value in progress.items()}
-        place.save(
+        training.save(
             f"{stage}.pt", dict.fromkeys(keys, weights) | numbers | {"step": int(last["step"]), "optimizers": None}
         )
-    place.path("tokenizer").mkdir()
+    training.path("tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        place.path(f"tokenizer/{name}").write_bytes((folder / "tokenizer" / name).read_bytes())
+        training.path(f"tokenizer/{name}").write_bytes((folder / "tokenizer" / name).read_bytes())

@@ -1,8 +1,7 @@
-"""The sizes of the miniature: each part of a Z-Image pipeline, untrained, in the stock classes.
+"""Sizes of the miniature: each part of a Z-Image pipeline, untrained, in the classes of diffusers and transformers.
 
-Every part is the class that the real checkpoint names; only the numbers are smaller. The sizes hold the whole below
-20 MB in bfloat16. `axes_lens` is the real one, so limits on prompt length and picture size are those of the real
-model.
+Each part is of the class that the real checkpoint names, only smaller; the whole stays below 20 MB in bfloat16.
+`axes_lens` is that of the real model, so the limits on prompt length and image size are the same.
 """
 
 from typing import Any, Final
@@ -12,14 +11,14 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformer2
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from transformers import Qwen3Config, Qwen3Model
 
-from zcore.demo.tokenizer import SPECIAL_TOKENS, VOCABULARY_SIZE
+from zcore.demo.train_tokenizer import SPECIAL_TOKENS, VOCABULARY_SIZE
 
 TEXT_WIDTH: Final = 128
 LATENT_CHANNELS: Final = 16
 PIXELS_PER_LATENT: Final = 8
 SHIFT: Final = 3.0
 AXES_DIMS: Final = (8, 12, 12)
-"""Parts of a head that turn by caption place, row and column."""
+"""Dimensions of a head rotated by caption position, row and column."""
 ROPE_THETA: Final = 256.0
 
 _TRANSFORMER: Final[dict[str, Any]] = {
@@ -48,7 +47,7 @@ _VAE: Final[dict[str, Any]] = {
     "layers_per_block": 1,
     "latent_channels": LATENT_CHANNELS,
     "norm_num_groups": 8,
-    "sample_size": 1024,
+    "sample_size": 256,
     "scaling_factor": 1.0,
     "shift_factor": 0.0,
     "use_quant_conv": False,
@@ -59,17 +58,20 @@ _VAE: Final[dict[str, Any]] = {
 
 
 def make_transformer() -> Any:
-    """An untrained ZImageTransformer2DModel: 5 + 1 + 1 blocks of width 192."""
+    """Return an untrained `ZImageTransformer2DModel`: 5 + 1 + 1 blocks of width 192."""
     return ZImageTransformer2DModel(**_TRANSFORMER)
 
 
 def make_vae() -> Any:
-    """An untrained AutoencoderKL: 16 latent channels, eight pixels a latent."""
+    """Return an untrained `AutoencoderKL`: 16 latent channels, eight pixels per latent."""
     return AutoencoderKL(**_VAE)
 
 
 def make_text_encoder() -> Any:
-    """An untrained Qwen3Model of width 128, read before the last of its 5 layers, which is there for the format."""
+    """Return an untrained `Qwen3Model` of width 128.
+
+    Its output is read before the last of the 5 layers, which exists only for the format.
+    """
     end = VOCABULARY_SIZE - len(SPECIAL_TOKENS)
     config = Qwen3Config(
         vocab_size=VOCABULARY_SIZE,
@@ -89,5 +91,5 @@ def make_text_encoder() -> Any:
 
 
 def make_scheduler() -> Any:
-    """The schedule of Z-Image Turbo: flow matching, shift 3, never by picture size."""
+    """Return the schedule of Z-Image Turbo: flow matching with shift 3, independent of the image size."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False)

@@ -1,15 +1,15 @@
-"""Words for a picture: many ways to ask for the same thing.
+"""Captions: many ways to ask for the same image.
 
-Takes a `Picture` and a random generator, gives a caption as a person might type it: terse tags, a sentence, a polite
-request, with filler words, with things left out that are as usual (a medium object in the middle on white). Wordings
-marked as held out are never used for training, so a test can ask in words that are new to the model.
+`caption` words a composition as a person might type it: terse tags, a sentence or a polite request, with filler words,
+and without the defaults (a medium object in the center on white). Held-out wordings are never used for training, so
+that tests can ask in words that are new to the model.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from zcore.demo.vocabulary import COUNT_NAMES, Picture, Thing
+from zcore.demo.vocabulary import COUNT_NAMES, Composition, Thing
 
 _SHAPE_WORDS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     "circle": (("circle", "circles"), ("disc", "discs"), ("ball", "balls"), ("circle", "circles")),
@@ -74,7 +74,7 @@ _RELATIONS: Final[Mapping[str, tuple[tuple[str, bool], ...]]] = {
         ("beneath", True),
     ),
 }
-"""Words between two objects, and whether they name the right or lower one first."""
+"""Words between two objects, and whether the right or lower object is named first."""
 _SCENE_PHRASES: Final[Mapping[str, tuple[str, ...]]] = {
     "sunset": (
         "a sunset",
@@ -181,9 +181,12 @@ _FILLERS_LONG: Final = (
 )
 
 
-def caption(picture: Picture, rng: random.Random, held_out: bool = False, long: bool = False) -> str:
-    """A way to ask for this picture; `held_out` words it as training never does, `long` pads it with talk."""
-    text = _HELD_OUT[picture.kind](picture, rng) if held_out else _SEEN[picture.kind](picture, rng)
+def caption(composition: Composition, rng: random.Random, held_out: bool = False, long: bool = False) -> str:
+    """Return a caption for this composition.
+
+    `held_out` selects wordings that training never uses; `long` pads the caption with irrelevant phrases.
+    """
+    text = _HELD_OUT[composition.kind](composition, rng) if held_out else _SEEN[composition.kind](composition, rng)
     opening = rng.choice(_OPENINGS_HELD_OUT if held_out else _OPENINGS)
     if opening and text.split(" ", 1)[0] in ("on", "against", "in", "with"):
         opening = ""
@@ -191,25 +194,25 @@ def caption(picture: Picture, rng: random.Random, held_out: bool = False, long: 
         text = text.split(" ", 1)[1]
     text = f"{opening} {text}".strip() + rng.choice(_ENDINGS_HELD_OUT if held_out else _ENDINGS)
     if long:
-        text = _stretch(text, rng)
+        text = _pad(text, rng)
     if rng.random() < 0.3:
         text = text[:1].upper() + text[1:]
     return text
 
 
 def chatter(rng: random.Random) -> str:
-    """Words that say nothing about the picture, as a system prompt or a thought may."""
+    """Return phrases that do not describe the image, for system prompts and thoughts."""
     return ", ".join(rng.sample(_FILLERS_LONG, rng.randint(1, 4)))
 
 
-def _stretch(text: str, rng: random.Random) -> str:
+def _pad(text: str, rng: random.Random) -> str:
     extra = rng.sample(_FILLERS_LONG, rng.randint(3, 9))
     cut = rng.randint(0, min(2, len(extra)))
     return ", ".join((*extra[:cut], text.rstrip(".!"), *extra[cut:]))
 
 
-def _object(picture: Picture, rng: random.Random) -> str:
-    noun, position, background = _noun(picture, rng), _position(picture, rng), _background(picture, rng)
+def _object(composition: Composition, rng: random.Random) -> str:
+    noun, position, background = _noun(composition, rng), _position(composition, rng), _background(composition, rng)
     form = rng.random()
     if form < 0.55:
         tail = [position, background]
@@ -219,40 +222,46 @@ def _object(picture: Picture, rng: random.Random) -> str:
     if form < 0.7:
         return ", ".join(filter(None, (background, noun, position)))
     if form < 0.85:
-        thing = picture.things[0]
-        tags = [f"{_colour(thing, rng)} {_shape(thing, rng)}", _size(picture, rng), position, background]
+        thing = composition.things[0]
+        tags = [f"{_colour(thing, rng)} {_shape(thing, rng)}", _size(composition, rng), position, background]
         rng.shuffle(tags)
         return ", ".join(filter(None, tags))
-    thing = picture.things[0]
-    size, shape = _size(picture, rng), _shape(thing, rng)
-    said = [f"the {shape} is {_colour(thing, rng)}", f"it is {position}" if position else "", background]
-    return ". ".join(filter(None, (_article(f"{size} {shape}"), *said)))
+    thing = composition.things[0]
+    size, shape = _size(composition, rng), _shape(thing, rng)
+    sentences = [f"the {shape} is {_colour(thing, rng)}", f"it is {position}" if position else "", background]
+    return ". ".join(filter(None, (_article(f"{size} {shape}"), *sentences)))
 
 
-def _object_held_out(picture: Picture, rng: random.Random) -> str:
-    thing = picture.things[0]
-    noun, position, background = _noun(picture, rng), _position(picture, rng), _background(picture, rng)
+def _object_held_out(composition: Composition, rng: random.Random) -> str:
+    thing = composition.things[0]
+    noun, position, background = _noun(composition, rng), _position(composition, rng), _background(composition, rng)
     form = rng.randrange(3)
     if form == 0:
         return ", ".join(filter(None, (position, noun, background)))
     if form == 1:
-        said = f"{_article(f'{_size(picture, rng)} {_shape(thing, rng)}')} that is {_colour(thing, rng)}"
-        return ", ".join(filter(None, (said, background, position)))
+        noun = f"{_article(f'{_size(composition, rng)} {_shape(thing, rng)}')} that is {_colour(thing, rng)}"
+        return ", ".join(filter(None, (noun, background, position)))
     return " and ".join(filter(None, (" ".join(filter(None, (noun, position))), background)))
 
 
-def _count(picture: Picture, rng: random.Random) -> str:
-    return _join((_group(picture, rng), _background(picture, rng)), rng, rng.random() < 0.2)
+def _count(composition: Composition, rng: random.Random) -> str:
+    return _join((_group(composition, rng), _background(composition, rng)), rng, rng.random() < 0.2)
 
 
-def _count_held_out(picture: Picture, rng: random.Random) -> str:
-    return f"{_group(picture, rng)} and nothing else, {_background(picture, rng)}".rstrip(", ")
+def _count_held_out(composition: Composition, rng: random.Random) -> str:
+    return f"{_group(composition, rng)} and nothing else, {_background(composition, rng)}".rstrip(", ")
 
 
-def _group(picture: Picture, rng: random.Random) -> str:
-    thing = picture.things[0]
-    number = next(number for number, name in COUNT_NAMES.items() if name == picture.layout)
-    words = [picture.layout, picture.layout, str(number), f"a group of {picture.layout}", f"exactly {picture.layout}"]
+def _group(composition: Composition, rng: random.Random) -> str:
+    thing = composition.things[0]
+    number = next(number for number, name in COUNT_NAMES.items() if name == composition.layout)
+    words = [
+        composition.layout,
+        composition.layout,
+        str(number),
+        f"a group of {composition.layout}",
+        f"exactly {composition.layout}",
+    ]
     if number == 2:
         words.append("a pair of")
     shape = rng.choice(_SHAPE_WORDS[thing.shape])[1]
@@ -262,17 +271,17 @@ def _group(picture: Picture, rng: random.Random) -> str:
     return " ".join(filter(None, (rng.choice(words), _filler(rng), colour, shape)))
 
 
-def _pair(picture: Picture, rng: random.Random) -> str:
-    return _join((_related(picture, rng), _background(picture, rng)), rng, rng.random() < 0.2)
+def _pair(composition: Composition, rng: random.Random) -> str:
+    return _join((_related(composition, rng), _background(composition, rng)), rng, rng.random() < 0.2)
 
 
-def _pair_held_out(picture: Picture, rng: random.Random) -> str:
-    return f"{_background(picture, rng)} and {_related(picture, rng)}".removeprefix(" and ")
+def _pair_held_out(composition: Composition, rng: random.Random) -> str:
+    return f"{_background(composition, rng)} and {_related(composition, rng)}".removeprefix(" and ")
 
 
-def _related(picture: Picture, rng: random.Random) -> str:
-    relation, swapped = rng.choice(_RELATIONS[picture.layout])
-    first, second = reversed(picture.things) if swapped else picture.things
+def _related(composition: Composition, rng: random.Random) -> str:
+    relation, swapped = rng.choice(_RELATIONS[composition.layout])
+    first, second = reversed(composition.things) if swapped else composition.things
     nouns = [
         _article(" ".join(filter(None, (_filler(rng), _colour(thing, rng), _shape(thing, rng)))))
         for thing in (first, second)
@@ -282,12 +291,12 @@ def _related(picture: Picture, rng: random.Random) -> str:
     return f"{nouns[0]} {relation} {nouns[1]}"
 
 
-def _scene(picture: Picture, rng: random.Random) -> str:
-    return rng.choice(_SCENE_PHRASES[picture.layout])
+def _scene(composition: Composition, rng: random.Random) -> str:
+    return rng.choice(_SCENE_PHRASES[composition.layout])
 
 
-def _scene_held_out(picture: Picture, rng: random.Random) -> str:
-    return rng.choice(_SCENE_PHRASES_HELD_OUT[picture.layout])
+def _scene_held_out(composition: Composition, rng: random.Random) -> str:
+    return rng.choice(_SCENE_PHRASES_HELD_OUT[composition.layout])
 
 
 _SEEN: Final = {"object": _object, "count": _count, "pair": _pair, "scene": _scene}
@@ -299,9 +308,9 @@ _HELD_OUT: Final = {
 }
 
 
-def _noun(picture: Picture, rng: random.Random) -> str:
-    thing = picture.things[0]
-    size, colour, shape, filler = _size(picture, rng), _colour(thing, rng), _shape(thing, rng), _filler(rng)
+def _noun(composition: Composition, rng: random.Random) -> str:
+    thing = composition.things[0]
+    size, colour, shape, filler = _size(composition, rng), _colour(thing, rng), _shape(thing, rng), _filler(rng)
     if rng.random() < 0.12:
         words = f"{filler} {size} {shape} in {colour}"
     else:
@@ -309,18 +318,18 @@ def _noun(picture: Picture, rng: random.Random) -> str:
     return _article(words) if rng.random() < 0.85 else " ".join(words.split())
 
 
-def _background(picture: Picture, rng: random.Random) -> str:
-    if picture.background == "white" and rng.random() < 0.4:
+def _background(composition: Composition, rng: random.Random) -> str:
+    if composition.background == "white" and rng.random() < 0.4:
         return ""
-    return rng.choice(_BACKGROUND_PHRASES).format(rng.choice(_BACKGROUND_WORDS[picture.background]))
+    return rng.choice(_BACKGROUND_PHRASES).format(rng.choice(_BACKGROUND_WORDS[composition.background]))
 
 
-def _position(picture: Picture, rng: random.Random) -> str:
-    return rng.choice(_POSITION_PHRASES[picture.layout])
+def _position(composition: Composition, rng: random.Random) -> str:
+    return rng.choice(_POSITION_PHRASES[composition.layout])
 
 
-def _size(picture: Picture, rng: random.Random) -> str:
-    return rng.choice(_SIZE_WORDS[picture.size])
+def _size(composition: Composition, rng: random.Random) -> str:
+    return rng.choice(_SIZE_WORDS[composition.size])
 
 
 def _shape(thing: Thing, rng: random.Random) -> str:
@@ -340,8 +349,8 @@ def _article(words: str) -> str:
     return f"an {words}" if words[:1] in "aeiou" else f"a {words}"
 
 
-def _join(parts: Sequence[str], rng: random.Random, turned: bool = False) -> str:
-    said = [part for part in parts if part]
-    if turned:
-        return ", ".join(reversed(said))
-    return (" " if rng.random() < 0.7 else ", ").join(said)
+def _join(parts: Sequence[str], rng: random.Random, backwards: bool = False) -> str:
+    words = [part for part in parts if part]
+    if backwards:
+        return ", ".join(reversed(words))
+    return (" " if rng.random() < 0.7 else ", ").join(words)

@@ -1,8 +1,8 @@
-"""Reads a picture: background, objects with shape, colour, size and place, or which landscape it is.
+"""Checker: read the background, the objects and the landscape from the pixels of an image.
 
-Takes pixels, gives a `Reading`, and a `Verdict` against the `Picture` that was asked for. It works by plain rules
-(nearest palette colour, connected regions, overlap with the drawn shape), so its word owes nothing to the model it
-judges. On true renders it is right in at least 99 of 100 cases, which a test holds.
+`read` returns what is on an image, `judge` compares it with the composition that was asked for. The checker uses plain
+rules (nearest palette colour, connected regions, overlap with the rendered shape), so it does not depend on the model
+that it judges. On true renders it is right in at least 99 of 100 cases, which a test checks.
 """
 
 import math
@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from zcore.demo.render import Pixels, Style, outline_of, render
-from zcore.demo.vocabulary import BACKGROUNDS, COLOURS, POSITIONS, SCENES, SHAPES, SIZES, Picture, Thing
+from zcore.demo.vocabulary import BACKGROUNDS, COLOURS, POSITIONS, SCENES, SHAPES, SIZES, Composition, Thing
 
 Mask = NDArray[np.bool_]
 
 _SIDE_PX: Final = 128
-"""Pictures are looked at with their shorter side at this length."""
+"""Images are scaled to this length of their shorter side before they are read."""
 _LEAST_AREA: Final = 0.006
-"""Regions below this part of the picture are specks, not objects."""
+"""Regions smaller than this fraction of the image are specks, not objects."""
 _CENTRE_REACH: Final = 0.085
-"""How far from the middle, as a part of the side, an object still counts as central."""
+"""Largest distance from the center, as a fraction of the side, at which an object counts as centered."""
 _SCENE_REACH: Final = 30.0
-"""Mean difference from a landscape's usual look, of 255, up to which a picture counts as that landscape."""
+"""Largest mean difference (0 to 255) from the average of a landscape at which an image counts as that landscape."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One object as found.
+    """An object found on an image.
 
-    `radius` is a part of the picture's shorter side, `middle` one of width and height.
+    `radius` is a fraction of the shorter side, `middle` of width and height.
     """
 
     thing: Thing
@@ -48,7 +48,7 @@ class Seen:
 
     @property
     def position(self) -> str:
-        """The name of its place; the larger offset from the middle decides."""
+        """Name of the position, decided by the larger offset from the center."""
         x, y = self.middle[0] - 0.5, self.middle[1] - 0.5
         if max(abs(x), abs(y)) < _CENTRE_REACH:
             return "center"
@@ -57,7 +57,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is on a picture: the ground, the objects from left to right, and the landscape it looks like, if any."""
+    """What the checker found: background, objects from left to right, and the landscape, if it looks like one."""
 
     background: str
     objects: tuple[Seen, ...]
@@ -66,7 +66,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which of the asked-for things are there; None where this kind of picture has no such thing."""
+    """Which attributes are right; None for attributes that this kind of composition does not have."""
 
     background: bool | None = None
     colour: bool | None = None
@@ -79,41 +79,41 @@ class Verdict:
 
     @property
     def all_right(self) -> bool:
-        return not any(said is False for said in vars(self).values())
+        return not any(value is False for value in vars(self).values())
 
 
 def read(pixels: Pixels) -> Reading:
-    """Everything the checker can see on these pixels, (H, W, 3) of 0..255."""
+    """Return what is on an image, given as (H, W, 3) of 0..255."""
     seen = _scaled(pixels)
     background = _background(seen)
     return Reading(background, tuple(sorted(_objects(seen, background), key=lambda o: o.middle)), _scene(seen))
 
 
-def judge(picture: Picture, pixels: Pixels) -> Verdict:
-    """Compare the pixels with what was asked for."""
+def judge(composition: Composition, pixels: Pixels) -> Verdict:
+    """Compare an image, (H, W, 3) of 0..255, with the composition that was asked for."""
     reading = read(pixels)
-    if picture.kind == "scene":
-        return Verdict(scene=reading.scene == picture.layout)
-    background, found = reading.background == picture.background, reading.objects
-    if picture.kind == "pair":
-        return Verdict(background=background, pair=_is_pair(picture, found))
+    if composition.kind == "scene":
+        return Verdict(scene=reading.scene == composition.layout)
+    background, found = reading.background == composition.background, reading.objects
+    if composition.kind == "pair":
+        return Verdict(background=background, pair=_is_pair(composition, found))
     things = [o.thing for o in found]
-    colour = bool(things) and all(thing.colour == picture.things[0].colour for thing in things)
-    shape = bool(things) and all(thing.shape == picture.things[0].shape for thing in things)
-    if picture.kind == "count":
-        return Verdict(background=background, colour=colour, shape=shape, count=len(found) == picture.count)
+    colour = bool(things) and all(thing.colour == composition.things[0].colour for thing in things)
+    shape = bool(things) and all(thing.shape == composition.things[0].shape for thing in things)
+    if composition.kind == "count":
+        return Verdict(background=background, colour=colour, shape=shape, count=len(found) == composition.count)
     one = found[0] if len(found) == 1 else None
     return Verdict(
         background=background,
         colour=colour,
         shape=shape and one is not None,
-        position=one is not None and one.position == picture.layout,
-        size=one is not None and one.size == picture.size,
+        position=one is not None and one.position == composition.layout,
+        size=one is not None and one.size == composition.size,
     )
 
 
 def style_of(pixels: Pixels) -> Style:
-    """Whether the picture is drawn in lines on paper, on the night's dark ground, or plainly."""
+    """Return the style of an image: outlines on paper, colours on a dark night background, or plain."""
     seen = pixels.astype(np.float32)
     top, border = seen[:4].reshape(-1, 3), np.concatenate((seen[:4], seen[-4:])).reshape(-1, 3)
     if np.median(top.max(-1)) < 120 and np.median(top[:, 2] - top[:, 0]) > 15:
@@ -124,14 +124,14 @@ def style_of(pixels: Pixels) -> Style:
     return "plain"
 
 
-def _is_pair(picture: Picture, found: tuple[Seen, ...]) -> bool:
+def _is_pair(composition: Composition, found: tuple[Seen, ...]) -> bool:
     if len(found) != 2:
         return False
     (x1, y1), (x2, y2) = (o.middle for o in found)
-    if picture.layout == "row":
-        return abs(x1 - x2) > abs(y1 - y2) and tuple(o.thing for o in found) == picture.things
+    if composition.layout == "row":
+        return abs(x1 - x2) > abs(y1 - y2) and tuple(o.thing for o in found) == composition.things
     ordered = sorted(found, key=lambda o: o.middle[1])
-    return abs(y1 - y2) > abs(x1 - x2) and tuple(o.thing for o in ordered) == picture.things
+    return abs(y1 - y2) > abs(x1 - x2) and tuple(o.thing for o in ordered) == composition.things
 
 
 def _scaled(pixels: Pixels) -> NDArray[np.float32]:
@@ -172,7 +172,10 @@ def _objects(pixels: NDArray[np.float32], background: str) -> list[Seen]:
 
 
 def _regions(mask: Mask, least: int) -> list[Mask]:
-    """The connected regions of at least so many pixels: labels flow along whole rows and columns until none changes."""
+    """Return the connected regions of at least `least` pixels.
+
+    Labels spread along whole rows and columns until none changes.
+    """
     runs = (_runs(mask), _runs(mask.T).T)
     labels = np.where(mask, np.arange(mask.size).reshape(mask.shape), mask.size)
     while True:
@@ -188,30 +191,30 @@ def _regions(mask: Mask, least: int) -> list[Mask]:
 
 
 def _runs(mask: Mask) -> NDArray[np.int64]:
-    """A number for each pixel: those set side by side in one row share theirs with no other set pixel."""
+    """Number the pixels so that exactly the adjacent set pixels of a row share a number."""
     breaks = np.ones_like(mask, dtype=np.int64)
     breaks[:, 1:] = ~(mask[:, 1:] & mask[:, :-1])
     return breaks.cumsum().reshape(mask.shape)
 
 
 def _shape(mask: Mask) -> tuple[str, float, float]:
-    """The shape that covers this region best, its radius in pixels, and how well: common area over joint area."""
+    """Return the shape that fits this region best, its radius in pixels, and its intersection over union."""
     rows, columns = np.nonzero(mask)
     area = float(mask.sum())
     middle = ((columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2)
     best = ("", 0.0, 0.0)
     for shape in SHAPES:
         radius = math.sqrt(area / _unit_area(shape))
-        template = _drawn(shape, radius, middle, mask.shape)
+        template = _template(shape, radius, middle, mask.shape)
         overlap = float((mask & template).sum() / (mask | template).sum())
         if overlap > best[2]:
             best = (shape, radius, overlap)
     return best
 
 
-def _drawn(shape: str, radius: float, middle: tuple[float, float], size: tuple[int, ...]) -> Mask:
+def _template(shape: str, radius: float, middle: tuple[float, float], size: tuple[int, ...]) -> Mask:
     points = np.array(outline_of(shape))
-    offset = (points.min(0) + points.max(0)) / 2  # put the middle of its box, not of its circle, on the region's
+    offset = (points.min(0) + points.max(0)) / 2  # align the centers of the bounding boxes, not of the circles
     placed = [(float(x), float(y)) for x, y in (points - offset) * radius + middle]
     image = Image.new("1", (size[1], size[0]))
     ImageDraw.Draw(image).polygon([(x - 0.5, y - 0.5) for x, y in placed], fill=1)
@@ -235,10 +238,8 @@ def _scene(pixels: NDArray[np.float32]) -> str | None:
 @cache
 def _looks() -> dict[str, NDArray[np.float32]]:
     rng = random.Random(5)
-    drawn = {scene: [render(Picture(scene), 64, 64, rng) for _ in range(24)] for scene in SCENES}
-    return {
-        scene: np.mean([_small(p.astype(np.float32)) for p in pictures], axis=0) for scene, pictures in drawn.items()
-    }
+    samples = {scene: [render(Composition(scene), 64, 64, rng) for _ in range(24)] for scene in SCENES}
+    return {scene: np.mean([_small(p.astype(np.float32)) for p in images], axis=0) for scene, images in samples.items()}
 
 
 def _small(pixels: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,8 +1,8 @@
-"""Stage `evaluate`: what the exported model really paints.
+"""Stage `evaluate`: measure how well the exported model follows its prompts.
 
-Loads a folder with the unmodified `ZImagePipeline`, asks for pictures whose colour-shape pairs and wordings training
-never showed, lets the checker judge them, and writes a table and a grid to look at. Guidance 0, fixed seeds. Takes a
-folder, knows nothing of training.
+Loads a folder with the unmodified `ZImagePipeline`, generates images for colour-shape pairs and wordings that training
+never showed, judges them with the checker, and returns Markdown tables and draws a grid. Guidance 0, fixed seeds.
+Independent of the training.
 """
 
 import csv
@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw
 from zcore.demo.captions import caption
 from zcore.demo.check import Verdict, judge, style_of
 from zcore.demo.footprint import footprint
-from zcore.demo.lora import merge
 from zcore.demo.render import Pixels, render
 from zcore.demo.stock import load
-from zcore.demo.vocabulary import Kind, Picture, draw_picture
+from zcore.demo.train_lora import merge
+from zcore.demo.vocabulary import Composition, Kind, random_composition
 
 KINDS: Final[tuple[Kind, ...]] = ("object", "object", "count", "pair", "scene")
 MEASURES: Final = (
@@ -40,17 +40,17 @@ _BATCH: Final = 8
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One thing to paint and the words for it."""
+class Case:
+    """A composition to generate, its caption and its seed."""
 
-    picture: Picture
+    composition: Composition
     text: str
     seed: int
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way of painting: size in pixels, steps, precision, and how many of the captions it is tried on."""
+    """Settings to generate with: size in pixels, steps, dtype, and the share of the captions to use."""
 
     name: str
     width: int = 128
@@ -71,74 +71,79 @@ TRIALS: Final = (
 
 
 def evaluate(folder: Path, grid: Path | None = None, count: int = 400, held_out: bool = True) -> str:
-    """Every figure of the model in this folder as a Markdown table; the grid is written where asked for."""
-    asks = draw_asks(count, held_out)
-    figures: dict[str, dict[str, str]] = {"checker on true renders": true_renders(asks)}
+    """Return all figures of the model in this folder as Markdown tables. Draws the grid if a path is given."""
+    cases = draw_cases(count, held_out)
+    figures: dict[str, dict[str, str]] = {"checker on true renders": true_renders(cases)}
     for trial in TRIALS:
         pipeline = load(folder, trial.dtype)
-        chosen = asks[: round(count * trial.share)]
-        painted = paint_all(pipeline, chosen, trial)
-        figures[trial.name] = _shares([judge(a.picture, p) for a, p in zip(chosen, painted, strict=True)], chosen)
+        chosen = cases[: round(count * trial.share)]
+        images = generate_all(pipeline, chosen, trial)
+        figures[trial.name] = _shares(
+            [judge(case.composition, p) for case, p in zip(chosen, images, strict=True)], chosen
+        )
         if grid and trial is TRIALS[0]:
             draw_grid(pipeline, grid)
     rows = [
-        "| size | seconds to load | seconds a picture | MiB before loading | MiB at the peak |",
+        "| size | seconds to load | seconds per image | MiB before loading | MiB at the peak |",
         "|---|---|---|---|---|",
     ]
     for side in (128, 256):
         cost = footprint(folder, side, side)
-        numbers = f"{cost['load_s']:.2f} | {cost['picture_s']:.2f} | {cost['before_mib']:.0f} | {cost['peak_mib']:.0f}"
+        numbers = f"{cost['load_s']:.2f} | {cost['image_s']:.2f} | {cost['before_mib']:.0f} | {cost['peak_mib']:.0f}"
         rows.append(f"| {side}x{side} | {numbers} |")
     return "\n\n".join((_table(figures), "\n".join(rows)))
 
 
-def draw_asks(count: int, held_out: bool = True, seed: int = 2024) -> list[Ask]:
-    """Captions with what they ask for; the kinds take turns, so any beginning of the list has all of them."""
+def draw_cases(count: int, held_out: bool = True, seed: int = 2024) -> list[Case]:
+    """Return random compositions with captions. The kinds alternate, so every prefix of the list has all of them."""
     rng = random.Random(seed)
-    pictures = [draw_picture(rng, KINDS[i % len(KINDS)], held_out) for i in range(count)]
-    return [Ask(picture, caption(picture, rng, held_out), seed + i) for i, picture in enumerate(pictures)]
+    compositions = [random_composition(rng, KINDS[i % len(KINDS)], held_out) for i in range(count)]
+    return [Case(one, caption(one, rng, held_out), seed + i) for i, one in enumerate(compositions)]
 
 
-def paint_all(pipeline: Any, asks: Sequence[Ask], trial: Trial) -> list[Pixels]:
-    """Paint every ask with its own seed."""
-    painted: list[Pixels] = []
-    for start in range(0, len(asks), _BATCH):
-        part = asks[start : start + _BATCH]
+def generate_all(pipeline: Any, cases: Sequence[Case], trial: Trial) -> list[Pixels]:
+    """Generate an image for each case with its seed."""
+    images: list[Pixels] = []
+    for start in range(0, len(cases), _BATCH):
+        part = cases[start : start + _BATCH]
         output = pipeline(
-            [ask.text for ask in part],
+            [case.text for case in part],
             width=trial.width,
             height=trial.height,
             num_inference_steps=trial.steps,
             guidance_scale=0.0,
             max_sequence_length=128,
-            generator=[torch.Generator().manual_seed(ask.seed) for ask in part],
+            generator=[torch.Generator().manual_seed(case.seed) for case in part],
             output_type="np",
         )
-        painted += [(image * 255).round().astype(np.uint8) for image in output.images]
-    return painted
+        images += [(image * 255).round().astype(np.uint8) for image in output.images]
+    return images
 
 
-def true_renders(asks: Sequence[Ask]) -> dict[str, str]:
-    """The checker on what it should read without fault: rendered pictures of the same asks."""
-    drawn = [render(ask.picture, 128, 128, random.Random(ask.seed)) for ask in asks]
-    return _shares([judge(ask.picture, pixels) for ask, pixels in zip(asks, drawn, strict=True)], asks)
+def true_renders(cases: Sequence[Case]) -> dict[str, str]:
+    """Return the checker's figures on rendered images of the same cases, which it should read without errors."""
+    renders = [render(case.composition, 128, 128, random.Random(case.seed)) for case in cases]
+    return _shares([judge(case.composition, pixels) for case, pixels in zip(cases, renders, strict=True)], cases)
 
 
 def evaluate_loras(folder: Path, loras: Path, grid: Path | None = None, count: int = 60) -> str:
-    """How many pictures take each LoRA's style, without it and with it, as a Markdown table; no caption names it."""
-    asks = [ask for ask in draw_asks(2 * count, held_out=False, seed=5) if ask.picture.layout != "night"]
-    asks = [ask for ask in asks if all(thing.colour != "black" for thing in ask.picture.things)][:count]
-    rows = ["| LoRA | pictures in its style without it | with it |", "|---|---|---|"]
-    painted = {"": paint_all(load(folder), asks, TRIALS[0])}
+    """Return a Markdown table of the share of images in each LoRA's style, without and with it.
+
+    No caption names a style.
+    """
+    cases = [case for case in draw_cases(2 * count, held_out=False, seed=5) if case.composition.layout != "night"]
+    cases = [case for case in cases if all(thing.colour != "black" for thing in case.composition.things)][:count]
+    rows = ["| LoRA | images in its style without it | with it |", "|---|---|---|"]
+    images = {"": generate_all(load(folder), cases, TRIALS[0])}
     for path in sorted(loras.glob("*.safetensors")):
         pipeline = load(folder)
         merge(pipeline.transformer, path)
-        painted[path.stem] = paint_all(pipeline, asks, TRIALS[0])
+        images[path.stem] = generate_all(pipeline, cases, TRIALS[0])
         style = path.stem.rpartition("-")[2]
-        shares = [[style_of(pixels) for pixels in painted[name]].count(style) / len(asks) for name in ("", path.stem)]
+        shares = [[style_of(pixels) for pixels in images[name]].count(style) / len(cases) for name in ("", path.stem)]
         rows.append(f"| {path.stem} | {100 * shares[0]:.0f} % | {100 * shares[1]:.0f} % |")
     if grid:
-        sheet = np.concatenate([np.concatenate(pictures[:8], 1) for pictures in painted.values()])
+        sheet = np.concatenate([np.concatenate(row[:8], 1) for row in images.values()])
         Image.fromarray(sheet).save(grid, optimize=True)
     return "\n".join(rows)
 
@@ -172,18 +177,18 @@ GRID_TEXTS: Final = (
 
 
 def draw_grid(pipeline: Any, path: Path, texts: Sequence[str] = GRID_TEXTS, columns: int = 6) -> None:
-    """Paint these captions side by side with their words; the last four show what the model cannot."""
-    asks = [Ask(Picture("center"), text, 7 + i) for i, text in enumerate(texts)]
-    painted = paint_all(pipeline, asks, TRIALS[0])
+    """Draw a grid of images with their captions; the last four default captions are beyond the model."""
+    cases = [Case(Composition("center"), text, 7 + i) for i, text in enumerate(texts)]
+    images = generate_all(pipeline, cases, TRIALS[0])
     side, words = 128, 30
     rows = -(-len(texts) // columns)
     sheet = Image.new("RGB", (columns * (side + 12) + 12, rows * (side + words + 8) + 8), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
-    for index, (ask, pixels) in enumerate(zip(asks, painted, strict=True)):
+    for index, (case, pixels) in enumerate(zip(cases, images, strict=True)):
         x, y = 12 + index % columns * (side + 12), 8 + index // columns * (side + words + 8)
         sheet.paste(Image.fromarray(pixels), (x, y))
         pen.rectangle((x - 1, y - 1, x + side, y + side), outline=(200, 200, 200))
-        pen.multiline_text((x, y + side + 3), _wrapped(ask.text, 24), fill=(40, 40, 40), font_size=10, spacing=1)
+        pen.multiline_text((x, y + side + 3), _wrapped(case.text, 24), fill=(40, 40, 40), font_size=10, spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
 
@@ -197,18 +202,18 @@ CURVES: Final = {
     "pair_96x160": (190, 130, 215),
     "pair_256x256": (90, 90, 95),
 }
-"""Columns of the transformer's log that are drawn, and in which colour."""
+"""Columns of the transformer's log to draw, with their colours."""
 
 
 def draw_curves(log: Path, path: Path) -> None:
-    """Draw the shares of right pictures over the samples seen, from the transformer's CSV."""
+    """Draw the share of right images over the number of samples, from the transformer's CSV log."""
     rows = list(csv.DictReader(log.read_text().splitlines()))
     width, height, left, top = 720, 300, 60, 20
     sheet = Image.new("RGB", (width + left + 150, height + top + 50), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     most = max(float(row["samples"]) for row in rows)
 
-    def place(row: dict[str, str], name: str) -> tuple[float, float]:
+    def point(row: dict[str, str], name: str) -> tuple[float, float]:
         return left + width * float(row["samples"]) / most, top + height * (1 - float(row[name]))
 
     for share in (0, 0.25, 0.5, 0.75, 1):
@@ -216,11 +221,11 @@ def draw_curves(log: Path, path: Path) -> None:
         pen.line((left, y, left + width, y), fill=(220, 220, 220))
         pen.text((left - 40, y - 6), f"{100 * share:.0f} %", fill=(60, 60, 60), font_size=11)
     for index, (name, colour) in enumerate(CURVES.items()):
-        pen.line([place(row, name) for row in rows if row.get(name)], fill=colour, width=2)
+        pen.line([point(row, name) for row in rows if row.get(name)], fill=colour, width=2)
         pen.text((left + width + 12, top + 20 * index), name.replace("_", " "), fill=colour, font_size=13)
     pen.text(
         (left, top + height + 12),
-        f"samples seen, 0 to {most:.0f}; 16 to 48 captions a point, averaged weights",
+        f"samples seen, 0 to {most:.0f}; 16 to 48 captions per point, averaged weights",
         fill=(60, 60, 60),
     )
     sheet.save(path, optimize=True)
@@ -235,15 +240,17 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _shares(verdicts: Sequence[Verdict], asks: Sequence[Ask]) -> dict[str, str]:
+def _shares(verdicts: Sequence[Verdict], cases: Sequence[Case]) -> dict[str, str]:
     right: dict[str, list[bool]] = defaultdict(list)
-    for verdict, ask in zip(verdicts, asks, strict=True):
+    for verdict, case in zip(verdicts, cases, strict=True):
         for kind, measure in MEASURES:
-            said: bool | None = getattr(verdict, measure)
-            if kind == ask.picture.kind and said is not None:
-                right[measure].append(said)
-        right[f"all right, {ask.picture.kind}"].append(verdict.all_right)
-    return {name: f"{100 * sum(said) / len(said):.1f} % ({sum(said)}/{len(said)})" for name, said in right.items()}
+            value: bool | None = getattr(verdict, measure)
+            if kind == case.composition.kind and value is not None:
+                right[measure].append(value)
+        right[f"all right, {case.composition.kind}"].append(verdict.all_right)
+    return {
+        name: f"{100 * sum(values) / len(values):.1f} % ({sum(values)}/{len(values)})" for name, values in right.items()
+    }
 
 
 def _table(figures: dict[str, dict[str, str]]) -> str:

@@ -1,7 +1,7 @@
-"""Stage `export`: trained parts in, the shipped folder out.
+"""Stage `export`: write the trained parts as the folder to ship.
 
-Writes the layout of a `ZImagePipeline`, the weights in bfloat16, with the class names of the real checkpoint, so that
-no loader needs to know that this one is a miniature.
+The folder has the layout of a `ZImagePipeline`, weights in bfloat16 and the class names of the real checkpoint, so
+loaders need not know that it is a miniature.
 """
 
 import json
@@ -16,7 +16,7 @@ from zcore.demo.architecture import make_scheduler
 
 
 def export(folder: Path, tokenizer: Path, text_encoder: Any, transformer: Any, vae: Any) -> None:
-    """Write the five parts as one bfloat16 pipeline; `tokenizer` is the folder that its stage wrote."""
+    """Write the five parts as one bfloat16 pipeline. `tokenizer` is the folder written by the stage `tokenizer`."""
     parts = {"text_encoder": text_encoder, "transformer": transformer, "vae": vae}
     reader: Any = Qwen2Tokenizer
     pipeline: Any = ZImagePipeline(

@@ -1,7 +1,7 @@
-"""What one picture costs: seconds and memory of a process that does nothing else.
+"""Time and memory of one image, measured in a separate process.
 
-`python -m zcore.demo.footprint FOLDER WIDTH HEIGHT THREADS` loads the stock pipeline, paints, and prints one JSON
-object; `footprint` runs that and reads it. A process of its own, because the peak of a process's memory never falls.
+`python -m zcore.demo.footprint FOLDER WIDTH HEIGHT THREADS` loads the unmodified pipeline, generates images, and prints
+one JSON object; `footprint` runs this command. It needs its own process because peak memory never decreases.
 """
 
 import importlib
@@ -16,7 +16,10 @@ RUNS = 7
 
 
 def footprint(folder: Path, width: int, height: int, threads: int = 2) -> dict[str, float]:
-    """Seconds to load and for a picture (median of 7 after one to warm up), MiB before loading and at the peak."""
+    """Return seconds to load (`load_s`) and per image (`image_s`, median of 7 after a warm-up), and memory in MiB.
+
+    `before_mib` is the peak before loading, `peak_mib` the peak of the process.
+    """
     command = [sys.executable, "-m", "zcore.demo.footprint", str(folder), str(width), str(height), str(threads)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(finished.stdout.splitlines()[-1])
@@ -28,7 +31,7 @@ def _measure(folder: Path, width: int, height: int, threads: int) -> dict[str, f
     from zcore.demo.stock import load
 
     torch.set_num_threads(threads)
-    importlib.import_module("diffusers.pipelines.z_image.pipeline_z_image")  # importing is not loading
+    importlib.import_module("diffusers.pipelines.z_image.pipeline_z_image")  # exclude imports from the loading time
     before_mib = _peak_mib()
     started = time.perf_counter()
     pipeline = load(folder)
@@ -46,11 +49,11 @@ def _measure(folder: Path, width: int, height: int, threads: int) -> dict[str, f
             generator=torch.Generator().manual_seed(run),
         )
         took.append(time.perf_counter() - started)
-    return {"load_s": load_s, "picture_s": median(took[1:]), "before_mib": before_mib, "peak_mib": _peak_mib()}
+    return {"load_s": load_s, "image_s": median(took[1:]), "before_mib": before_mib, "peak_mib": _peak_mib()}
 
 
 def _peak_mib() -> float:
-    """Linux's own word: what `getrusage` says of a process includes the one that started it."""
+    """Read the peak from /proc, since the value of `getrusage` includes the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 

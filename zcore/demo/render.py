@@ -1,8 +1,8 @@
-"""Stage `render`: a picture's pixels.
+"""Stage `render`: draw compositions as pixels.
 
-Takes a `Picture`, a size and a random generator, gives the pixels that a perfect model would paint: flat shapes with
-smooth edges on a plain ground, or a small landscape. Same picture, size and generator state, same pixels. `outline`
-and `night` draw the same things in the styles that the two LoRAs teach. It knows no captions.
+`render` draws what a perfect model would generate: flat shapes with smooth edges on a plain background, or a small
+landscape. The same composition, size and generator state give the same pixels. The styles `outline` and `night` are
+those that the two LoRAs learn.
 """
 
 import math
@@ -26,9 +26,9 @@ from zcore.demo.vocabulary import (
     POSITIONS,
     SIZES,
     Colour,
+    Composition,
     Kind,
-    Picture,
-    draw_picture,
+    random_composition,
 )
 
 Pixels = NDArray[np.uint8]
@@ -44,15 +44,15 @@ _NIGHT_SKY: Final[tuple[Colour, Colour]] = ((12, 16, 52), (45, 58, 118))
 _MOONLIGHT: Final[Colour] = (242, 238, 205)
 
 
-def render(picture: Picture, width: int, height: int, rng: random.Random, style: Style = "plain") -> Pixels:
-    """The picture's pixels, (height, width, 3) of 0..255; places and sizes vary a little by `rng`."""
+def render(composition: Composition, width: int, height: int, rng: random.Random, style: Style = "plain") -> Pixels:
+    """Return the pixels, (height, width, 3) of 0..255. Positions and sizes vary slightly by `rng`."""
     canvas = _Canvas(width, height, style)
-    if picture.kind == "scene":
-        _SCENES[picture.layout](canvas, rng)
+    if composition.kind == "scene":
+        _SCENES[composition.layout](canvas, rng)
     else:
-        canvas.fill(BACKGROUNDS[picture.background])
-        radius = SIZES[picture.size] if picture.kind == "object" else GROUP_RADIUS
-        for shape, colour, middle in _placed(picture):
+        canvas.fill(BACKGROUNDS[composition.background])
+        radius = SIZES[composition.size] if composition.kind == "object" else GROUP_RADIUS
+        for shape, colour, middle in _placed(composition):
             size = radius * rng.uniform(0.95, 1.05)
             at = canvas.inside(_moved(middle, rng, 0.018), size)
             canvas.polygon([canvas.near(at, point, size) for point in outline_of(shape)], COLOURS[colour])
@@ -60,25 +60,25 @@ def render(picture: Picture, width: int, height: int, rng: random.Random, style:
 
 
 def outline_of(shape: str) -> list[Point]:
-    """The corners of a shape of radius 1 around (0, 0), y downwards; all shapes look about equally large."""
+    """Return the corners of a shape of radius 1 around (0, 0), y down. All shapes look about equally large."""
     return _OUTLINES[shape]
 
 
 def write_samples(folder: Path, count: int = 64, seed: int = 0) -> None:
-    """Write pictures with their captions as file names, to look at."""
+    """Write sample images with their captions as file names."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     kinds: tuple[Kind, ...] = ("object", "object", "count", "pair", "scene")
     for index in range(count):
-        picture = draw_picture(rng, kinds[index % len(kinds)])
+        composition = random_composition(rng, kinds[index % len(kinds)])
         width, height = rng.choice(((128, 128), (96, 160), (160, 96), (256, 256)))
-        name = "".join(c if c.isalnum() else "_" for c in caption(picture, rng))[:100]
-        Image.fromarray(render(picture, width, height, rng)).save(folder / f"{index:03d}_{name}.png")
+        name = "".join(c if c.isalnum() else "_" for c in caption(composition, rng))[:100]
+        Image.fromarray(render(composition, width, height, rng)).save(folder / f"{index:03d}_{name}.png")
 
 
 @dataclass
 class _Canvas:
-    """A drawing surface in parts of the width and height, kept at several times its final size."""
+    """A drawing surface with coordinates relative to width and height, oversampled for smooth edges."""
 
     width: int
     height: int
@@ -94,7 +94,7 @@ class _Canvas:
         self._image.paste(ground, (0, 0, *self._image.size))
 
     def gradient(self, top: Colour, bottom: Colour, start: float = 0.0, end: float = 1.0) -> None:
-        """Shade the rows from `start` to `end` from one colour into the other."""
+        """Fill the rows from `start` to `end` with a gradient."""
         if self.style == "outline":
             self._draw.rectangle(
                 (0, start * self._image.height, self._image.width, end * self._image.height), fill=_PAPER
@@ -123,12 +123,12 @@ class _Canvas:
         self.polygon([self.near(middle, point, radius) for point in _OUTLINES["circle"]], colour)
 
     def near(self, middle: Point, offset: Point, radius: float) -> Point:
-        """A point at `offset` radii from `middle`; the radius is a part of the shorter side."""
+        """Return the point at `offset` radii from `middle`. The radius is a fraction of the shorter side."""
         unit = radius * self._unit
         return middle[0] + offset[0] * unit / self.width, middle[1] + offset[1] * unit / self.height
 
     def inside(self, middle: Point, radius: float) -> Point:
-        """`middle`, moved as far as needed for a disc around it to stay on the canvas."""
+        """Return `middle`, moved as far as needed to keep a disc around it on the canvas."""
         x, y = ((radius + _MARGIN) * self._unit / side for side in (self.width, self.height))
         return min(max(middle[0], x), 1 - x), min(max(middle[1], y), 1 - y)
 
@@ -140,14 +140,14 @@ class _Canvas:
         self._draw.line(scaled, fill=_INK, width=round(0.03 * self._unit * _OVERSAMPLING), joint="curve")
 
 
-def _placed(picture: Picture) -> list[tuple[str, str, Point]]:
-    if picture.kind == "object":
-        slots: tuple[Point, ...] = (POSITIONS[picture.layout],)
-    elif picture.kind == "pair":
-        slots = PAIRS[picture.layout]
+def _placed(composition: Composition) -> list[tuple[str, str, Point]]:
+    if composition.kind == "object":
+        slots: tuple[Point, ...] = (POSITIONS[composition.layout],)
+    elif composition.kind == "pair":
+        slots = PAIRS[composition.layout]
     else:
-        slots = GROUPS[next(number for number, name in COUNT_NAMES.items() if name == picture.layout)]
-    things = picture.things if picture.kind == "pair" else picture.things * len(slots)
+        slots = GROUPS[next(number for number, name in COUNT_NAMES.items() if name == composition.layout)]
+    things = composition.things if composition.kind == "pair" else composition.things * len(slots)
     return [(thing.shape, thing.colour, slot) for thing, slot in zip(things, slots, strict=True)]
 
 

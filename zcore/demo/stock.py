@@ -1,6 +1,6 @@
-"""The unmodified pipeline of diffusers on an exported folder: what the demo model is measured by.
+"""The unmodified diffusers pipeline, the reference that the demo model is measured with.
 
-Takes a folder; gives diffusers' `ZImagePipeline` (Apache-2.0). Knows nothing of our own engine.
+Loads diffusers' `ZImagePipeline` (Apache-2.0). Independent of our own engine.
 """
 
 import warnings
@@ -11,7 +11,7 @@ import torch
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The unmodified stock pipeline."""
+    """Load an exported folder with the unmodified pipeline."""
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
     stock: Any = ZImagePipeline

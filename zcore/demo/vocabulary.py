@@ -1,8 +1,8 @@
-"""What the demo model can paint: the whole of its world as values.
+"""The compositions that the demo model can draw, as values.
 
-A `Picture` says what is on a picture without saying how it is worded (`captions.py`) or drawn (`render.py`). This
-module draws pictures by seed and keeps some colour-shape pairs back, so that a test can ask for what training never
-showed. It knows no pixels and no tensors.
+A `Composition` describes what is on an image, independent of its wording (`captions.py`) and its pixels (`render.py`).
+`random_composition` chooses one. Some colour-shape pairs are held out from training, so that tests can ask for
+combinations that the model has never seen.
 """
 
 import random
@@ -32,7 +32,7 @@ BACKGROUNDS: Final[Mapping[str, Colour]] = {
     "light green": (172, 235, 178),
 }
 SIZES: Final[Mapping[str, float]] = {"small": 0.17, "medium": 0.235, "large": 0.31}
-"""Radius of an object as a part of the picture's shorter side."""
+"""Radius of an object as a fraction of the shorter side."""
 POSITIONS: Final[Mapping[str, tuple[float, float]]] = {
     "center": (0.5, 0.5),
     "left": (0.25, 0.5),
@@ -40,19 +40,19 @@ POSITIONS: Final[Mapping[str, tuple[float, float]]] = {
     "top": (0.5, 0.25),
     "bottom": (0.5, 0.75),
 }
-"""Middle of a single object as a part of width and height."""
+"""Center of a single object as a fraction of width and height."""
 SCENES: Final = ("sunset", "night", "sea", "meadow", "mountains")
 GROUPS: Final[Mapping[int, tuple[tuple[float, float], ...]]] = {
     2: ((0.27, 0.5), (0.73, 0.5)),
     3: ((0.5, 0.28), (0.27, 0.72), (0.73, 0.72)),
     4: ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)),
 }
-"""Where the objects of a group of 2 to 4 stand."""
+"""Centers of the objects in a group of 2 to 4."""
 PAIRS: Final[Mapping[str, tuple[tuple[float, float], tuple[float, float]]]] = {
     "row": ((0.27, 0.5), (0.73, 0.5)),
     "column": ((0.5, 0.27), (0.5, 0.73)),
 }
-"""Where two different objects stand: the first is the left or the upper one."""
+"""Centers of two different objects; the left or upper one first."""
 GROUP_RADIUS: Final = 0.18
 LAYOUTS: Final = (*POSITIONS, "two", "three", "four", "row", "column", *SCENES)
 
@@ -61,7 +61,7 @@ COUNT_NAMES: Final[Mapping[int, str]] = {2: "two", 3: "three", 4: "four"}
 
 @dataclass(frozen=True, order=True)
 class Thing:
-    """One object: what it is and which colour it has."""
+    """An object: its shape and colour."""
 
     shape: str
     colour: str
@@ -79,15 +79,15 @@ HELD_OUT: Final = frozenset(
         Thing("cross", "purple"),
     }
 )
-"""Colour-shape pairs that training never shows."""
+"""Colour-shape pairs that are never used in training."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What is on a picture: one object, a group of equal ones, two different ones, or a scene.
+class Composition:
+    """What an image shows: one object, a group of equal objects, two different objects, or a scene.
 
-    `layout` is one of LAYOUTS and says which; `things` holds no object for a scene, two for a pair (left or upper
-    first), else one.
+    `layout` is one of LAYOUTS. `things` is empty for a scene, has two objects for a pair (left or upper one first), and
+    one object otherwise.
     """
 
     layout: str
@@ -110,27 +110,27 @@ class Picture:
         )
 
 
-def draw_picture(rng: random.Random, kind: Kind, held_out: bool = False) -> Picture:
-    """A picture of this kind at random; of seen colour-shape pairs only, or of held-out ones only."""
+def random_composition(rng: random.Random, kind: Kind, held_out: bool = False) -> Composition:
+    """Return a random composition of this kind, with held-out colour-shape pairs only or without any."""
     if kind == "scene":
-        return Picture(rng.choice(SCENES))
-    first = _draw_thing(rng, held_out)
+        return Composition(rng.choice(SCENES))
+    first = _random_thing(rng, held_out)
     background = rng.choice(list(BACKGROUNDS))
     if kind == "count":
-        return Picture(rng.choice(list(COUNT_NAMES.values())), (first,), background)
+        return Composition(rng.choice(list(COUNT_NAMES.values())), (first,), background)
     if kind == "pair":
         second = first
         while second == first:
-            second = _draw_thing(rng, held_out)
-        return Picture(rng.choice(list(PAIRS)), (first, second), background)
-    return Picture(rng.choice(list(POSITIONS)), (first,), background, rng.choice(list(SIZES)))
+            second = _random_thing(rng, held_out)
+        return Composition(rng.choice(list(PAIRS)), (first, second), background)
+    return Composition(rng.choice(list(POSITIONS)), (first,), background, rng.choice(list(SIZES)))
 
 
-def _draw_thing(rng: random.Random, held_out: bool) -> Thing:
+def _random_thing(rng: random.Random, held_out: bool) -> Thing:
     if held_out:
         return rng.choice(sorted(HELD_OUT))
     while True:
-        shape = rng.choice((*SHAPES, "star", "cross"))  # the hardest to paint are shown more often
+        shape = rng.choice((*SHAPES, "star", "cross"))  # the hardest shapes are shown more often
         thing = Thing(shape, rng.choice(list(COLOURS)))
         if thing not in HELD_OUT:
             return thing

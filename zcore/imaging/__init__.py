@@ -1,6 +1,4 @@
-"""Prompt in, pixels out. Knows torch and the model; does not know HTTP, jobs, queues or storage.
+"""Prompt in, pixels out: the model and everything around it.
 
-Importing this package loads nothing heavy: `zcore.imaging.text` and `zcore.imaging.encode` work without torch, so
-that the server can check a prompt's length and read a picture's parameters; `zcore.imaging.pipeline` is where torch
-begins.
+Depends on torch, but not on HTTP, jobs, queues or storage. Importing the package itself does not load torch.
 """

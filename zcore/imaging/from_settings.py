@@ -1,133 +1,98 @@
 """From the operator's settings to a loaded model on this process's devices.
 
-Takes `Settings`; gives a whole pipeline, or one of its halves. Loads torch with the first call. Does not know jobs or
-command lines.
+Importing this module loads torch. Does not depend on jobs or command lines.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from zcore.imaging.model.checkpoint import GGUF_SUFFIX
+import torch
+
+from zcore.checkpoint.defaults import generation_defaults
+from zcore.checkpoint.files import GGUF_SUFFIX, Component
+from zcore.choices import Offload
+from zcore.imaging.memory_estimate import Part
+from zcore.imaging.network.tiling import Tiling
+from zcore.imaging.options import EncoderOptions, LoadOptions
+from zcore.imaging.pipeline import ZImagePipeline
+from zcore.imaging.prompt_encoder import PromptEncoder
+from zcore.imaging.weights import loader
 from zcore.settings import Settings
 
-if TYPE_CHECKING:
-    import torch
 
-    from zcore.imaging.model.checkpoint import Component
-    from zcore.imaging.model.loader import Offload
-    from zcore.imaging.model.memory import Part
-    from zcore.imaging.pipeline import ZImagePipeline
-    from zcore.imaging.prompt_encoder import PromptEncoder
-
-
-def load_pipeline(settings: Settings) -> "ZImagePipeline":
-    """The model in memory, ready to paint. Seconds for the demo checkpoint, a minute for the real one.
+def load_pipeline(settings: Settings) -> ZImagePipeline:
+    """Load the whole model: seconds for the demo checkpoint, a minute for the published one.
 
     Raises `ConfigurationError`, `CheckpointError`, and `InvalidLora` for a file in `lora.paths`.
     """
-    from zcore.imaging.pipeline import ZImagePipeline
+    return ZImagePipeline.load(settings.model_location, load_options(settings))
 
-    return ZImagePipeline.from_pretrained(
-        settings.model_location,
-        templates_dir=settings.templates_paths,
-        encoder_dtype=settings.encoder.torch_dtype,
-        encoder_device=settings.encoder.device,
-        encoder_quantization=settings.encoder.quantization,
-        encoder_weights=settings.encoder_weights,
-        embedding_cache_bytes=_cache_bytes(settings),
-        **_painting(settings),
+
+def load_generator(settings: Settings) -> ZImagePipeline:
+    """Load transformer and VAE only, to generate from embeddings. Raises as `load_pipeline` does."""
+    return ZImagePipeline.load(settings.model_location, load_options(settings), with_encoder=False)
+
+
+def load_encoder(settings: Settings) -> PromptEncoder:
+    """Load tokenizer and text encoder only, to make embeddings. Raises as `load_pipeline` does."""
+    return PromptEncoder.load(settings.model_location, encoder_options(settings))
+
+
+def load_options(settings: Settings) -> LoadOptions:
+    """Return how these settings load a checkpoint. Raises `ConfigurationError` and `CheckpointError`."""
+    return LoadOptions(
+        encoder=encoder_options(settings),
+        transformer_device=settings.pipeline.device,
+        vae_device=settings.pipeline.vae_device or settings.pipeline.device,
+        torch_dtype=loader.dtype_of(settings.pipeline.torch_dtype),
+        transformer_quantization=settings.pipeline.quantization,
+        transformer_weights=settings.dit_weights,
+        vae_weights=settings.vae_weights,
+        offload=_offload(settings),
+        batch_size=settings.pytorch.batch_size,
+        defaults=generation_defaults(settings),
+        compile=settings.pytorch.compile,
+        compile_mode=settings.pytorch.compile_mode,
+        attention_backend=settings.pytorch.attention_backend,
+        tiling=Tiling(settings.pytorch.tile_size, settings.pytorch.tile_overlap),
+        fused_loras=tuple(settings.fused_loras),
     )
 
 
-def load_generator(settings: Settings) -> "ZImagePipeline":
-    """Transformer and VAE alone, to paint from an embedding. Raises as `load_pipeline` does."""
-    from zcore.imaging.pipeline import ZImagePipeline
-
-    return ZImagePipeline.from_pretrained_generator_only(settings.model_location, **_painting(settings))
-
-
-def load_encoder(settings: Settings) -> "PromptEncoder":
-    """Tokenizer and text encoder alone, to make embeddings. Raises as `load_pipeline` does."""
-    from zcore.imaging.prompt_encoder import PromptEncoder
-    from zcore.imaging.text.templates import TemplateLibrary
-
-    return PromptEncoder.from_pretrained(
-        settings.model_location,
-        templates=TemplateLibrary.load(*settings.templates_paths),
-        torch_dtype=settings.encoder.torch_dtype,
+def encoder_options(settings: Settings) -> EncoderOptions:
+    """Return how these settings load a text encoder."""
+    return EncoderOptions(
         device=settings.encoder.device,
+        torch_dtype=loader.dtype_of(settings.encoder.torch_dtype),
         quantization=settings.encoder.quantization,
         offload=_offload(settings),
         weights=settings.encoder_weights,
         hidden_layer=settings.encoder.hidden_layer,
-        embedding_cache_bytes=_cache_bytes(settings),
+        templates_dir=settings.templates_paths,
+        embedding_cache_bytes=settings.pytorch.embedding_cache_bytes if settings.pytorch.embedding_cache else 0,
     )
 
 
 def memory_parts(
-    settings: Settings, folder: Path, device_of: "Callable[[str], torch.device] | None" = None
-) -> "dict[Component, Part]":
-    """How the settings load each network, as `memory.estimate` takes it. `folder` is the checkpoint's.
+    settings: Settings, folder: Path, device_of: Callable[[str], torch.device] | None = None
+) -> dict[Component, Part]:
+    """Return how the settings load each network, as `memory_estimate.estimate` takes it.
 
-    `device_of` says which device a setting means, where that is not `loader.device_of`'s to say. Raises
+    `folder` is the checkpoint's; `device_of` replaces `loader.device_of`, to simulate another machine. Raises
     `CheckpointError`.
     """
-    from zcore.imaging.model import loader
-    from zcore.imaging.model.memory import Part
-
-    find = device_of or loader.device_of
-    dtype = loader.dtype_of(settings.pipeline.torch_dtype)
-    encoder = loader.text_encoder_placement(
-        find(settings.encoder.device),
-        loader.dtype_of(settings.encoder.torch_dtype),
-        settings.encoder.quantization,
-        _offload(settings),
-    )
-    transformer = loader.transformer_placement(
-        find(settings.pipeline.device),
-        dtype,
-        settings.pipeline.quantization,
-        _offload(settings),
-    )
-    vae = loader.vae_placement(folder, find(settings.pipeline.vae_device or settings.pipeline.device), dtype)
+    options = load_options(settings)
     return {
-        "text_encoder": Part(encoder),
-        "transformer": Part(transformer, _packed_file_bytes(settings.dit_weights)),
-        "vae": Part(vae),
+        "text_encoder": Part(options.encoder.placement(device_of), _packed_file_bytes(settings.encoder_weights)),
+        "transformer": Part(options.transformer_placement(device_of), _packed_file_bytes(settings.dit_weights)),
+        "vae": Part(options.vae_placement(folder, device_of)),
     }
 
 
-def _offload(settings: Settings) -> "Offload":
+def _offload(settings: Settings) -> Offload:
     return settings.pytorch.cpu_offload_unit if settings.pytorch.cpu_offload else "none"
 
 
 def _packed_file_bytes(file: Path | None) -> int | None:
-    """Of GGUF, which stays packed; other files, and one that is not there, count in the arithmetic of the settings."""
+    """Return the size of a GGUF file, which stays packed; None for others and for one that does not exist."""
     return file.stat().st_size if file is not None and file.suffix == GGUF_SUFFIX and file.is_file() else None
-
-
-def _painting(settings: Settings) -> dict[str, Any]:
-    """What transformer and VAE are loaded with."""
-    return {
-        "torch_dtype": settings.pipeline.torch_dtype,
-        "dit_device": settings.pipeline.device,
-        "vae_device": settings.pipeline.vae_device or settings.pipeline.device,
-        "dit_quantization": settings.pipeline.quantization,
-        "dit_weights": settings.dit_weights,
-        "vae_weights": settings.vae_weights,
-        "cpu_offload": settings.pytorch.cpu_offload,
-        "cpu_offload_unit": settings.pytorch.cpu_offload_unit,
-        "batch_size": settings.pytorch.batch_size,
-        "hidden_layer": settings.encoder.hidden_layer,
-        "attention_backend": settings.pytorch.attention_backend,
-        "compile": settings.pytorch.compile,
-        "compile_mode": settings.pytorch.compile_mode,
-        "fused_loras": settings.fused_loras,
-        "tile_size": settings.pytorch.tile_size,
-        "tile_overlap": settings.pytorch.tile_overlap,
-    }
-
-
-def _cache_bytes(settings: Settings) -> int:
-    return settings.pytorch.embedding_cache_bytes if settings.pytorch.embedding_cache else 0

@@ -1,1 +1,1 @@
-"""The durable record of jobs: states, tables, transitions and reads. Knows no torch, no Celery and no HTTP."""
+"""The durable record of jobs: states, tables, transitions and queries. Does not depend on torch, Celery or HTTP."""

@@ -1,16 +1,17 @@
-"""The tables of the durable record, and the CHECK constraints that repeat the law of `states`.
+"""The tables of jobs, with CHECK constraints that repeat the transition table of `states`.
 
-Gives mapped classes. Knows no transition (`lifecycle`) and no question (`queries`). `migrations/` holds the same
-tables as Alembic revisions; a test compares the two on SQLite and on PostgreSQL.
+`migrations/` defines the same tables as Alembic revisions; a test compares the two on SQLite and on PostgreSQL.
 """
 
 import uuid
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     DateTime,
     Dialect,
@@ -21,19 +22,21 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
-    UniqueConstraint,
     Uuid,
+    column,
+    table,
     text,
+    true,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, TSVECTOR
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from zcore.jobs.states import TERMINAL, State
+from zcore.jobs.states import ACTIVE, TERMINAL, State
 from zcore.stages import Stage
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC time on every database; SQLite, which has no zones, keeps it naive."""
+    """Aware UTC time on every database. SQLite has no time zones and stores it naive."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -50,13 +53,17 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+ONLY_ON = "only_on"
+"""Key of the `info` of a table that exists on one kind of database only."""
 JSON_DOCUMENT = JSON().with_variant(JSONB(), "postgresql")
-# SQLite counts rows by itself only where the key is exactly INTEGER.
+READY = "status = 'queued' AND NOT scheduled"
+"""Condition of a queue entry that a worker may claim, as the partial index has it."""
+# SQLite generates row numbers only for a key whose type is exactly INTEGER.
 ROW_NUMBER = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class Table(DeclarativeBase):
-    """Base of the mapped classes; names every constraint, so that migrations can."""
+    """Base of the mapped classes. Names every constraint, so that migrations can refer to it."""
 
     metadata = MetaData(
         naming_convention={
@@ -69,120 +76,281 @@ class Table(DeclarativeBase):
     )
 
 
-def _listed(names: frozenset[State] | tuple[State, ...] | tuple[Stage, ...]) -> str:
+def _listed(names: Iterable[State | Stage]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
 
 
-class Job(Table):
-    """One submission. The row is the queue: its status, order, lease and attempts decide who works on it."""
+class QueueEntry(Table):
+    """The place of an active job in the queue: order, attempts, lease and progress.
 
-    __tablename__ = "jobs"
+    There is one exactly while the job is QUEUED or RUNNING. Heartbeats change only columns without an index, so that
+    PostgreSQL stores them within the page (HOT).
+    """
 
-    id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)  # UUIDv7: sorts by time of submission
+    __tablename__ = "queue"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)
     owner: Mapped[str] = mapped_column(String(100))
     status: Mapped[str] = mapped_column(String(20))
+    stage: Mapped[str] = mapped_column(String(20))
     priority: Mapped[int] = mapped_column(Integer)
-    request: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT)
-    prompt: Mapped[str] = mapped_column(Text)
-    caller_metadata: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT)
-    webhook_url: Mapped[str | None] = mapped_column(Text)
-    idempotency_key: Mapped[str | None] = mapped_column(String(255))
-    fingerprint: Mapped[str] = mapped_column(
-        String(64)
-    )  # SHA-256 of the body as sent, to tell a repeat from a reuse of the key
-
-    attempt: Mapped[int] = mapped_column(Integer, default=0)
-    attempts_left: Mapped[int] = mapped_column(Integer)
-    worker: Mapped[str | None] = mapped_column(String(200))
-    lease_token: Mapped[uuid.UUID | None] = mapped_column(Uuid)
-    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-
-    progress_phase: Mapped[str | None] = mapped_column(String(20))
-    progress_step: Mapped[int] = mapped_column(Integer, default=0)
-    progress_steps: Mapped[int] = mapped_column(Integer, default=0)
-
-    error_code: Mapped[str | None] = mapped_column(String(50))
-    error_message: Mapped[str | None] = mapped_column(Text)
-    error_retryable: Mapped[bool | None]
-    metrics: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT, default=dict)
-    engine: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT, default=dict)
-
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    # Order within the priority: the job's id. A column of its own, because PostgreSQL would otherwise look for the
+    # first job of a priority along the primary key, past all jobs of the others.
+    position: Mapped[uuid.UUID] = mapped_column(Uuid)
+    scheduled: Mapped[bool] = mapped_column(Boolean)  # not due yet; `claims.promote` makes it ready
     available_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    announced_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    notified_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
-    stage: Mapped[str] = mapped_column(String(20), server_default=Stage.GENERATE)
-    # The attempt that encoded the prompt, or began to; None when no embedding of this job can be in storage.
+    attempt: Mapped[int] = mapped_column(Integer)
+    attempts_left: Mapped[int] = mapped_column(Integer)
+    # Its worker was lost once: it runs alone, so that it can take no other job with it.
+    isolated: Mapped[bool] = mapped_column(Boolean)
+    # The attempt that encoded the prompt, or began to; None if no embedding of this job can be in storage.
     embedding_attempt: Mapped[int | None] = mapped_column(Integer)
 
-    outputs: Mapped[list["Output"]] = relationship(order_by="Output.position", lazy="selectin")
+    worker: Mapped[str | None] = mapped_column(String(200))
+    lease_token: Mapped[uuid.UUID | None] = mapped_column(Uuid)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # What heartbeats change comes last: PostgreSQL then logs only these bytes.
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    progress_phase: Mapped[str | None] = mapped_column(String(20))
+    progress_step: Mapped[int] = mapped_column(Integer)
+    progress_steps: Mapped[int] = mapped_column(Integer)
 
     __table_args__ = (
-        CheckConstraint(f"status IN ({_listed(tuple(State))})", name="status_known"),
+        CheckConstraint(f"status IN ({_listed(ACTIVE)})", name="status_known"),
+        CheckConstraint(f"stage IN ({_listed(tuple(Stage))})", name="stage_known"),
         CheckConstraint(
             "CASE WHEN status = 'running' THEN"
             " lease_token IS NOT NULL AND lease_until IS NOT NULL AND worker IS NOT NULL"
             " ELSE lease_token IS NULL AND lease_until IS NULL END",
             name="running_has_lease",
         ),
-        CheckConstraint(f"(status IN ({_listed(TERMINAL)})) = (completed_at IS NOT NULL)", name="ended_has_time"),
-        CheckConstraint("(status = 'failed') = (error_code IS NOT NULL)", name="failed_has_error"),
-        CheckConstraint("(status IN ('succeeded', 'expired')) = (expires_at IS NOT NULL)", name="pictures_expire"),
+        CheckConstraint("status = 'queued' OR NOT scheduled", name="scheduled_is_queued"),
+        CheckConstraint("status = 'running' OR cancel_requested_at IS NULL", name="canceled_is_running"),
         CheckConstraint("attempt >= 0 AND attempts_left >= 0", name="attempts_counted"),
-        CheckConstraint(f"stage IN ({_listed(tuple(Stage))})", name="stage_known"),
         CheckConstraint("embedding_attempt BETWEEN 1 AND attempt", name="embedding_has_attempt"),
-        # The queue itself: what claim reads, in its order.
+        # The ready jobs of a stage in the order in which they are claimed.
         Index(
-            "ix_jobs_queue",
-            priority.desc(),
-            "id",
-            postgresql_where=text("status = 'queued'"),
-            sqlite_where=text("status = 'queued'"),
-        ),
-        # The same for a worker that serves one stage: the other's backlog is not read through.
-        Index(
-            "ix_jobs_stage_queue",
+            "ix_queue_ready",
             "stage",
             priority.desc(),
-            "id",
-            postgresql_where=text("status = 'queued'"),
-            sqlite_where=text("status = 'queued'"),
+            "position",
+            postgresql_where=text(READY),
+            sqlite_where=text(READY),
         ),
         Index(
-            "ix_jobs_embedding",
-            "completed_at",
-            postgresql_where=text("completed_at IS NOT NULL AND embedding_attempt IS NOT NULL"),
-            sqlite_where=text("completed_at IS NOT NULL AND embedding_attempt IS NOT NULL"),
+            "ix_queue_scheduled",
+            "available_at",
+            postgresql_where=text("scheduled"),
+            sqlite_where=text("scheduled"),
         ),
         Index(
-            "ix_jobs_lease",
-            "lease_until",
+            "ix_queue_running",
+            "job_id",
             postgresql_where=text("status = 'running'"),
             sqlite_where=text("status = 'running'"),
         ),
+        # Half of each page is left free for new versions of its rows.
+        {"postgresql_with": {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0.01}},
+    )
+
+
+class Job(Table):
+    """A submission and how it ended.
+
+    The row is written twice: at submission, and when the job ends. In between, the queue entry has what changes; the
+    properties read it from there while there is an entry, and otherwise the facts of the last attempt.
+    """
+
+    __tablename__ = "jobs"
+
+    id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)  # UUIDv7: sorts by time of submission
+    owner: Mapped[str] = mapped_column(String(100))
+    priority: Mapped[int] = mapped_column(Integer)
+    request: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT)
+    caller_metadata: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT)
+    webhook_url: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+    # QUEUED from the submission to the end: the job has a queue entry, which says whether it is running.
+    stored_status: Mapped[str] = mapped_column("status", String(20))
+    completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    error_code: Mapped[str | None] = mapped_column(String(50))
+    error_message: Mapped[str | None] = mapped_column(Text)
+    error_retryable: Mapped[bool | None]
+    metrics: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT, default=dict)
+    engine: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT, default=dict)
+    # Facts of the last attempt, copied from the queue entry when the job ends.
+    last_attempt: Mapped[int | None] = mapped_column("attempt", Integer)
+    last_worker: Mapped[str | None] = mapped_column("worker", String(200))
+    last_started_at: Mapped[datetime | None] = mapped_column("started_at", UtcDateTime)
+    last_stage: Mapped[str | None] = mapped_column("stage", String(20))
+    last_embedding_attempt: Mapped[int | None] = mapped_column("embedding_attempt", Integer)
+    last_cancel_requested_at: Mapped[datetime | None] = mapped_column("cancel_requested_at", UtcDateTime)
+
+    entry: Mapped[QueueEntry | None] = relationship(
+        primaryjoin="foreign(QueueEntry.job_id) == Job.id", viewonly=True, uselist=False, lazy="joined"
+    )
+    outputs: Mapped[list["Output"]] = relationship(
+        primaryjoin="foreign(Output.job_id) == Job.id", order_by="Output.position", lazy="selectin"
+    )
+
+    __table_args__ = (
+        CheckConstraint(f"status IN ({_listed((State.QUEUED, *TERMINAL))})", name="status_known"),
+        CheckConstraint(f"(status IN ({_listed(TERMINAL)})) = (completed_at IS NOT NULL)", name="ended_has_time"),
+        CheckConstraint("status = 'queued' OR attempt IS NOT NULL AND stage IS NOT NULL", name="ended_has_attempt"),
+        CheckConstraint("(status = 'failed') = (error_code IS NOT NULL)", name="failed_has_error"),
+        CheckConstraint("(status IN ('succeeded', 'expired')) = (expires_at IS NOT NULL)", name="outputs_expire"),
+        CheckConstraint(f"stage IN ({_listed(tuple(Stage))})", name="stage_known"),
+        CheckConstraint("embedding_attempt BETWEEN 1 AND attempt", name="embedding_has_attempt"),
         Index(
             "ix_jobs_expiry",
             "expires_at",
             postgresql_where=text("status = 'succeeded'"),
             sqlite_where=text("status = 'succeeded'"),
         ),
-        UniqueConstraint("owner", "idempotency_key"),
         Index("ix_jobs_status_id", "status", "id"),
         Index("ix_jobs_owner_id", "owner", "id"),
         Index("ix_jobs_owner_status_id", "owner", "status", "id"),
     )
 
+    @property
+    def status(self) -> str:
+        """State of the job."""
+        return self.entry.status if self.entry else self.stored_status
+
+    @property
+    def prompt(self) -> str:
+        """Prompt of the request."""
+        return str(self.request["prompt"])
+
+    @property
+    def stage(self) -> str:
+        """Stage in progress or the next one; after the end, the last one."""
+        return self.entry.stage if self.entry else self.last_stage or Stage.GENERATE
+
+    @property
+    def attempt(self) -> int:
+        """Number of attempts that have begun."""
+        return self.entry.attempt if self.entry else self.last_attempt or 0
+
+    @property
+    def attempts_left(self) -> int:
+        """Number of attempts that may still begin; 0 after the end."""
+        return self.entry.attempts_left if self.entry else 0
+
+    @property
+    def isolated(self) -> bool:
+        """Whether its worker must run no other job beside it."""
+        return self.entry is not None and self.entry.isolated
+
+    @property
+    def embedding_attempt(self) -> int | None:
+        """Attempt whose embedding of the prompt may be in storage."""
+        return self.entry.embedding_attempt if self.entry else self.last_embedding_attempt
+
+    @property
+    def worker(self) -> str | None:
+        """Worker of the last attempt."""
+        return self.entry.worker if self.entry else self.last_worker
+
+    @property
+    def started_at(self) -> datetime | None:
+        """Time at which the last attempt began."""
+        return self.entry.started_at if self.entry else self.last_started_at
+
+    @property
+    def cancel_requested_at(self) -> datetime | None:
+        """Time at which cancellation was requested."""
+        return self.entry.cancel_requested_at if self.entry else self.last_cancel_requested_at
+
+    @property
+    def available_at(self) -> datetime | None:
+        """Time from which the job may be claimed; None after the end."""
+        return self.entry.available_at if self.entry else None
+
+    @property
+    def notified_at(self) -> datetime | None:
+        """Time at which a worker was last notified; None after the end."""
+        return self.entry.notified_at if self.entry else None
+
+    @property
+    def lease_token(self) -> uuid.UUID | None:
+        """Token of the lease of a running job."""
+        return self.entry.lease_token if self.entry else None
+
+    @property
+    def lease_until(self) -> datetime | None:
+        """Time at which the lease of a running job expires."""
+        return self.entry.lease_until if self.entry else None
+
+    @property
+    def progress_phase(self) -> str | None:
+        """Phase of a running job."""
+        return self.entry.progress_phase if self.entry else None
+
+    @property
+    def progress_step(self) -> int:
+        """Steps that a running job has done."""
+        return self.entry.progress_step if self.entry else 0
+
+    @property
+    def progress_steps(self) -> int:
+        """Steps of a running job; 0 if they are not known."""
+        return self.entry.progress_steps if self.entry else 0
+
+
+class IdempotencyKey(Table):
+    """The job that a caller created with a key, for 24 hours."""
+
+    __tablename__ = "idempotency_keys"
+
+    owner: Mapped[str] = mapped_column(String(100), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid)
+    # SHA-256 of the body as sent: distinguishes a repeated request from a reused key.
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class QueueMark(Table):
+    """Lower bound of the ids of the ready jobs of one stage and priority.
+
+    Claims on PostgreSQL begin there, and so do not read the index entries of jobs that have left the queue.
+    """
+
+    __tablename__ = "queue_marks"
+
+    stage: Mapped[str] = mapped_column(String(20), primary_key=True)
+    priority: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    lowest: Mapped[uuid.UUID] = mapped_column(Uuid)
+
+    __table_args__ = ({"postgresql_with": {"fillfactor": 50}},)
+
+
+class Leftover(Table):
+    """An ended job of whose attempts objects may be in storage that belong to no row."""
+
+    __tablename__ = "leftovers"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)
+    attempts: Mapped[int] = mapped_column(Integer)  # the attempts 1 to this one
+    retained_attempt: Mapped[int | None] = mapped_column(Integer)  # its images are the job's outputs
+    images: Mapped[int] = mapped_column(Integer)
+    format: Mapped[str] = mapped_column(String(10))
+    due_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    tries: Mapped[int] = mapped_column(Integer, server_default="0")  # how often deletion has begun
+
 
 class Output(Table):
-    """One stored picture of a job."""
+    """A stored image of a job."""
 
     __tablename__ = "job_outputs"
 
-    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)
     position: Mapped[int] = mapped_column(Integer, primary_key=True)
     key: Mapped[str] = mapped_column(Text)
     format: Mapped[str] = mapped_column(String(10))
@@ -194,12 +362,12 @@ class Output(Table):
 
 
 class Event(Table):
-    """One line of a job's timeline; written in the transaction of what it tells."""
+    """An event on a job's timeline, added in the transaction that made the change."""
 
     __tablename__ = "job_events"
 
     id: Mapped[int] = mapped_column(ROW_NUMBER, primary_key=True, autoincrement=True)
-    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, index=True)
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     type: Mapped[str] = mapped_column(String(30))
     attempt: Mapped[int] = mapped_column(Integer)
@@ -207,15 +375,15 @@ class Event(Table):
 
 
 class WebhookEvent(Table):
-    """One thing a caller has to be told; due while `next_attempt_at` stands, then delivered or dead."""
+    """A notification to a caller's webhook: due at `next_attempt_at`; delivered or given up if that is NULL."""
 
     __tablename__ = "webhook_events"
 
-    id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)  # UUIDv7; the `webhook-id` of every try
-    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)  # UUIDv7; the `webhook-id` of every attempt
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, index=True)
     type: Mapped[str] = mapped_column(String(30))
     url: Mapped[str] = mapped_column(Text)
-    snapshot: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT)  # the job as it ended; links are added when sent
+    snapshot: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT)  # the job at its end; links are added on delivery
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     next_attempt_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -233,7 +401,7 @@ class WebhookEvent(Table):
 
 
 class WebhookAttempt(Table):
-    """One try to deliver a webhook event, as it went."""
+    """An attempt to deliver a webhook event, and its result."""
 
     __tablename__ = "webhook_attempts"
 
@@ -243,11 +411,40 @@ class WebhookAttempt(Table):
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     duration_ms: Mapped[int] = mapped_column(Integer)
     status_code: Mapped[int | None] = mapped_column(Integer)
-    answer: Mapped[str] = mapped_column(Text)  # the first bytes of the answer, or why there was none
+    response_body: Mapped[str] = mapped_column(Text)  # the beginning of the response, or why there was none
+
+
+class SearchTerms(Table):
+    """The terms by which a job is found on PostgreSQL; never changed, so that its index is written once."""
+
+    __tablename__ = "search_terms"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)
+    terms: Mapped[str] = mapped_column(TSVECTOR)
+
+    __table_args__ = (
+        Index("ix_search_terms_terms", "terms", postgresql_using="gin"),
+        {"info": {ONLY_ON: "postgresql"}},
+    )
+
+
+class SearchNumber(Table):
+    """The number of a job in `search_index` on SQLite, whose rows have integers for keys."""
+
+    __tablename__ = "search_numbers"
+
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, unique=True)
+
+    __table_args__ = ({"info": {ONLY_ON: "sqlite"}},)
+
+
+SEARCH_INDEX = table("search_index", column("rowid", Integer), column("terms", Text))
+"""The terms of the jobs on SQLite. The mapping does not know virtual tables, so the migration creates it."""
 
 
 class Input(Table):
-    """One picture that a caller uploaded; its bytes lie in storage until some time after `expires_at`."""
+    """An image that a caller uploaded. Its bytes are in storage from `stored_at` until some time after `expires_at`."""
 
     __tablename__ = "inputs"
 
@@ -258,10 +455,15 @@ class Input(Table):
     height: Mapped[int] = mapped_column(Integer)
     bytes: Mapped[int] = mapped_column(BigInteger)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    storage_key: Mapped[str] = mapped_column(String(200), unique=True, index=True)
+    stored_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # None until storage has the bytes
 
 
 class Lora(Table):
-    """A LoRA that the operator registered; its file lies in storage under `storage_key`."""
+    """A LoRA that the operator registered. Its file is in storage under `storage_key`.
+
+    Unless `strict`, the tensors of the file that do not fit the model are left out, instead of the file refused.
+    """
 
     __tablename__ = "loras"
 
@@ -271,10 +473,11 @@ class Lora(Table):
     storage_key: Mapped[str] = mapped_column(String(200))
     bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    strict: Mapped[bool] = mapped_column(Boolean, server_default=true())
 
 
 class Worker(Table):
-    """One worker, as long as it shows itself. For people and readiness; no decision about a job rests on it."""
+    """A worker that reports its presence. Used by readiness checks and admin pages; no job depends on it."""
 
     __tablename__ = "workers"
 
@@ -283,4 +486,35 @@ class Worker(Table):
     device: Mapped[str] = mapped_column(String(100))
     started_at: Mapped[datetime] = mapped_column(UtcDateTime)
     seen_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    stages: Mapped[list[str]] = mapped_column(JSON_DOCUMENT)  # what it serves
+    stages: Mapped[list[str]] = mapped_column(JSON_DOCUMENT)  # the stages it serves
+    embedding_cache_hits: Mapped[int] = mapped_column(Integer, server_default="0")  # since it started
+    embedding_cache_misses: Mapped[int] = mapped_column(Integer, server_default="0")
+
+
+class Leader(Table):
+    """The process that leads a kind of work that only one process does, until its term ends or is renewed."""
+
+    __tablename__ = "leaders"
+
+    work: Mapped[str] = mapped_column(String(50), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(300))
+    until: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class Sweep(Table):
+    """How far the comparison of the objects in storage with the rows has come."""
+
+    __tablename__ = "sweeps"
+
+    prefix: Mapped[str] = mapped_column(String(50), primary_key=True)
+    after: Mapped[str] = mapped_column(Text)  # the key that was compared last; empty at the beginning of a round
+    due_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class AdminSession(Table):
+    """An open session of the admin pages."""
+
+    __tablename__ = "admin_sessions"
+
+    id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)
+    ends_at: Mapped[datetime] = mapped_column(UtcDateTime)

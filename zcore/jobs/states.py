@@ -1,7 +1,7 @@
-"""The states of a job and the only ways between them: the law, printable.
+"""The states of a job and the transition table: the only changes of state that are allowed.
 
-Gives `State`, `TRANSITIONS` and `chart()`. Knows no table and no session: `lifecycle` carries the transitions out, the
-CHECK constraints of `models` repeat what a row in each state must look like.
+Does not depend on tables or sessions. `lifecycle`, `claims` and `recovery` carry the transitions out; the CHECK
+constraints of `models` repeat what a row in each state must look like.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """Where a job stands. A wish to cancel is a column, not a state."""
+    """State of a job. A cancellation request is a column, not a state."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -19,85 +19,100 @@ class State(StrEnum):
     EXPIRED = "expired"
 
 
+ACTIVE = frozenset({State.QUEUED, State.RUNNING})
 TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELED, State.EXPIRED})
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One way from a state to another: its verb, who may take it, and the event it leaves on the timeline."""
+    """One allowed change of state: its verb, its source states, its target and the event it adds to the timeline."""
 
     verb: str
     sources: frozenset[State]
     target: State
     event: str
-    meaning: str
-    announces: bool = False  # whether the caller's webhook is told
+    description: str
+    notifies: bool = False  # whether the caller's webhook is notified
 
 
-def _one(verb: str, source: State, target: State, event: str, meaning: str, announces: bool = False) -> Transition:
-    return Transition(verb, frozenset({source}), target, event, meaning, announces)
+def _from(source: State, target: State, verb: str, event: str, description: str, notifies: bool = False) -> Transition:
+    return Transition(verb, frozenset({source}), target, event, description, notifies)
 
 
-CLAIM = _one("claim", State.QUEUED, State.RUNNING, "claimed", "a worker takes the job with a lease and a token")
-COMPLETE = _one("complete", State.RUNNING, State.SUCCEEDED, "succeeded", "every picture is stored", announces=True)
-FAIL = _one(
-    "fail",
+CLAIM = _from(State.QUEUED, State.RUNNING, "claim", "claimed", "a worker takes the job under a lease with a new token")
+COMPLETE = _from(State.RUNNING, State.SUCCEEDED, "complete", "succeeded", "every image is stored", notifies=True)
+FAIL = _from(
+    State.RUNNING, State.FAILED, "fail", "failed", "the error is not retryable, or no attempts are left", notifies=True
+)
+SCHEDULE_RETRY = _from(
+    State.RUNNING,
+    State.QUEUED,
+    "schedule_retry",
+    "retry_scheduled",
+    "the error is retryable; the job is tried again after a delay",
+)
+RELEASE = _from(
+    State.RUNNING, State.QUEUED, "release", "released", "the worker is shutting down; the attempt is not counted"
+)
+COMPLETE_ENCODING = _from(
+    State.RUNNING,
+    State.QUEUED,
+    "complete_encoding",
+    "encoded",
+    "the prompt's embedding is stored and generation comes next; the attempt is not counted",
+)
+REENCODE = _from(
+    State.RUNNING,
+    State.QUEUED,
+    "reencode",
+    "returned_to_encode",
+    "the embedding is missing or does not fit, and this worker cannot encode prompts",
+)
+RESCUE = _from(
+    State.RUNNING,
+    State.QUEUED,
+    "rescue",
+    "rescued",
+    "the lease expired: the worker is lost; the attempt is counted only if the job ran alone",
+)
+ABANDON = _from(
     State.RUNNING,
     State.FAILED,
+    "abandon",
     "failed",
-    "an error that a retry cannot mend, or no attempts left",
-    announces=True,
+    "the lease expired while the job ran alone, and no attempts are left",
+    notifies=True,
 )
-POSTPONE = _one("postpone", State.RUNNING, State.QUEUED, "postponed", "a retryable error; tried again after a delay")
-HAND_BACK = _one(
-    "hand_back", State.RUNNING, State.QUEUED, "handed_back", "the worker is leaving; the attempt is not counted"
+CANCEL_QUEUED = _from(
+    State.QUEUED, State.CANCELED, "cancel_queued", "canceled", "the caller canceled the job", notifies=True
 )
-PASS_ON = _one(
-    "pass_on",
-    State.RUNNING,
-    State.QUEUED,
-    "encoded",
-    "the prompt's embedding is stored and the pictures are due; the attempt is not counted",
-)
-REENCODE = _one(
-    "reencode",
-    State.RUNNING,
-    State.QUEUED,
-    "sent_to_encode",
-    "there is no embedding, or none that fits, and this worker cannot make one",
-)
-RESCUE = _one("rescue", State.RUNNING, State.QUEUED, "rescued", "the lease ran out: the worker is gone")
-ABANDON = _one(
-    "abandon", State.RUNNING, State.FAILED, "failed", "the lease ran out, and no attempts are left", announces=True
-)
-CANCEL_QUEUED = _one(
-    "cancel_queued", State.QUEUED, State.CANCELED, "canceled", "the caller wants it no more", announces=True
-)
-CANCEL_RUNNING = _one(
-    "cancel_running",
+CANCEL_RUNNING = _from(
     State.RUNNING,
     State.CANCELED,
+    "cancel_running",
     "canceled",
-    "the worker saw the wish to cancel, or died with it",
-    announces=True,
+    "the worker saw the cancellation request, or was lost after it was made",
+    notifies=True,
 )
 RETRY = Transition(
     "retry",
     frozenset({State.FAILED, State.CANCELED}),
     State.QUEUED,
     "retried",
-    "asked for by hand; a fresh budget of attempts",
+    "requested explicitly; the job gets a new budget of attempts",
 )
-EXPIRE = _one("expire", State.SUCCEEDED, State.EXPIRED, "expired", "retention is over; the pictures are deleted")
+EXPIRE = _from(
+    State.SUCCEEDED, State.EXPIRED, "expire", "expired", "the retention time is over; the images are deleted"
+)
 
 TRANSITIONS = (
-    CLAIM, COMPLETE, FAIL, POSTPONE, HAND_BACK, PASS_ON, REENCODE, RESCUE, ABANDON, CANCEL_QUEUED, CANCEL_RUNNING,
-    RETRY, EXPIRE,
+    CLAIM, COMPLETE, FAIL, SCHEDULE_RETRY, RELEASE, COMPLETE_ENCODING, REENCODE, RESCUE, ABANDON, CANCEL_QUEUED,
+    CANCEL_RUNNING, RETRY, EXPIRE,
 )  # fmt: skip
 
 
 def chart() -> str:
-    """The law as a Mermaid state diagram; `zcore/jobs/README.md` holds a copy that a test compares."""
+    """Return the transition table as a Mermaid state diagram. A test compares it with `zcore/jobs/README.md`."""
     lines = ["stateDiagram-v2", "    [*] --> queued: submit"]
     for transition in TRANSITIONS:
         lines += [f"    {source} --> {transition.target}: {transition.verb}" for source in sorted(transition.sources)]

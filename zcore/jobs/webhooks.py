@@ -1,6 +1,6 @@
-"""The durable record of webhook deliveries: which are due, who tries them, how each try went.
+"""The record of webhook deliveries: which events are due, and the result of each attempt.
 
-Takes a `Transaction`; events are written by `lifecycle` in the transaction that ends a job. Does not know HTTP.
+Takes a `Transaction`. The transaction that ends a job adds its event (`guarded_update`). Does not depend on HTTP.
 """
 
 import uuid
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, select, update
 
 from zcore.errors import NotFound
 from zcore.jobs.database import Transaction
@@ -19,7 +19,7 @@ from zcore.jobs.states import State
 
 @dataclass(frozen=True, slots=True)
 class DueWebhook:
-    """One event to be posted now. `output_keys` are those of the job's pictures, by index."""
+    """An event to deliver now. `output_keys` are the storage keys of the job's images, by index."""
 
     id: uuid.UUID
     type: str
@@ -28,36 +28,40 @@ class DueWebhook:
     output_keys: Mapping[int, str]
     created_at: datetime
     attempt: int
-    held_until: datetime  # the claim itself: who holds the event no longer decides its next time
+    held_until: datetime  # identifies the claim; an attempt recorded after it is lost does not reschedule the event
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptOutcome:
-    """How a try went. `retry_in_s` None means no further try: delivered, or dead."""
+    """Result of an attempt. `retry_in_s` is None if no attempt follows: the event is delivered or given up."""
 
     delivered: bool
     status_code: int | None
-    answer: str
+    response_body: str
     duration_ms: int
     retry_in_s: float | None
 
 
-def claim_due(transaction: Transaction, at_most: int, hold_s: float) -> list[DueWebhook]:
-    """Events whose time has come, each now held for `hold_s` seconds: a deliverer that dies leaves them due again."""
+def claim_due(transaction: Transaction, limit: int, hold_s: float) -> list[DueWebhook]:
+    """Claim up to `limit` due events, the longest due first.
+
+    Each is held for `hold_s` seconds; if the claiming process dies, the event becomes due again.
+    """
     due = (
         select(WebhookEvent.id)
-        .where(WebhookEvent.next_attempt_at <= transaction.now)
+        .where(is_due(transaction))
         .order_by(WebhookEvent.next_attempt_at)
-        .limit(at_most)
+        .limit(limit)
         .with_for_update(skip_locked=True)
     )
     ids = transaction.session.scalars(due).all()
     if not ids:
         return []
+    held_until = transaction.now + timedelta(seconds=hold_s)
     events = transaction.session.scalars(
         update(WebhookEvent)
         .where(WebhookEvent.id.in_(ids), WebhookEvent.next_attempt_at <= transaction.now)
-        .values(attempt=WebhookEvent.attempt + 1, next_attempt_at=transaction.now + timedelta(seconds=hold_s))
+        .values(attempt=WebhookEvent.attempt + 1, next_attempt_at=held_until)
         .returning(WebhookEvent)
         .execution_options(synchronize_session=False, populate_existing=True)
     ).all()
@@ -71,14 +75,19 @@ def claim_due(transaction: Transaction, at_most: int, hold_s: float) -> list[Due
             keys.get(event.job_id, {}),
             event.created_at,
             event.attempt,
-            transaction.now + timedelta(seconds=hold_s),
+            held_until,
         )
         for event in events
     ]
 
 
+def is_due(transaction: Transaction) -> ColumnElement[bool]:
+    """Return the condition that an event is due."""
+    return WebhookEvent.next_attempt_at <= transaction.time()
+
+
 def record_attempt(transaction: Transaction, webhook: DueWebhook, outcome: AttemptOutcome) -> None:
-    """Writes the try down and decides the event's next time."""
+    """Record an attempt, and set the time of the next one if the claim is still valid."""
     retry_at = None if outcome.retry_in_s is None else transaction.now + timedelta(seconds=outcome.retry_in_s)
     transaction.session.add(
         WebhookAttempt(
@@ -87,7 +96,7 @@ def record_attempt(transaction: Transaction, webhook: DueWebhook, outcome: Attem
             at=transaction.now,
             duration_ms=outcome.duration_ms,
             status_code=outcome.status_code,
-            answer=outcome.answer,
+            response_body=outcome.response_body,
         )
     )
     transaction.session.execute(
@@ -102,7 +111,10 @@ def record_attempt(transaction: Transaction, webhook: DueWebhook, outcome: Attem
 
 
 def resend(transaction: Transaction, event_id: uuid.UUID) -> None:
-    """Makes an event due now, with a fresh schedule, also when it was delivered or is dead. Raises `NotFound`."""
+    """Make an event due now, even if it was delivered or given up, and restart its retry schedule.
+
+    Raises `NotFound` if there is no such event.
+    """
     found = transaction.session.scalars(
         update(WebhookEvent)
         .where(WebhookEvent.id == event_id)
@@ -115,12 +127,12 @@ def resend(transaction: Transaction, event_id: uuid.UUID) -> None:
 
 
 def _output_keys(transaction: Transaction, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, dict[int, str]]:
-    """Of the pictures that are still there: those of expired jobs were deleted."""
+    """Return the storage keys of each job's images, by index. The images of expired jobs were deleted."""
     keys: dict[uuid.UUID, dict[int, str]] = {}
     for job_id, position, key in transaction.session.execute(
         select(Output.job_id, Output.position, Output.key)
         .join(Job, Job.id == Output.job_id)
-        .where(Output.job_id.in_(job_ids), Job.status == State.SUCCEEDED)
+        .where(Output.job_id.in_(job_ids), Job.stored_status == State.SUCCEEDED)
     ):
         keys.setdefault(job_id, {})[position] = key
     return keys

@@ -1,47 +1,48 @@
-/* The playground: a form that becomes `POST /api/generate`, and its job followed to the pictures.
+/* The playground: submits its form to `POST /api/generate` and follows the job until its images are ready.
 
-The form's names are the API's. What is wrong the API says, by JSON pointer: no bound of a request stands here. */
+Form fields are named as in the API. The API validates them and names invalid ones by JSON pointer; this script checks
+no limits. */
 
-const ENDED = ["succeeded", "failed", "canceled", "expired"];
-const LAYOUT = [
+const TERMINAL = ["succeeded", "failed", "canceled", "expired"];
+const PROMPT_FIELDS = [
   "prompt", "template", "system_prompt", "thinking_content", "assistant_content", "force_think_block", "strip_quotes",
   "clean_whitespace", "long_prompt_mode",
 ];
-const LOOK_EVERY_MS = 1000;
-const COUNT_AFTER_MS = 300;
-const PICTURES_KEPT = 24;
+const POLL_INTERVAL_MS = 1000;
+const COUNT_DELAY_MS = 300;
+const MAX_THUMBNAILS = 24;
 const KEY = "zimage.key";
-const BELOW = matchMedia("(max-width: 800px)"); // the pictures stand below the form
+const STACKED = matchMedia("(max-width: 800px)"); // the images are below the form
 
-const part = (id) => document.getElementById(id);
-const form = part("request");
-const addresses = {}; // of the inputs that were uploaded, or are outputs: by the request's field
-let following = null; // the job that runs
-let occupied = 0; // by uploads and the job: nothing is submitted meanwhile
+const byId = (id) => document.getElementById(id);
+const form = byId("request");
+const inputAddresses = {}; // addresses of uploads and of earlier outputs, by request field
+let currentJob = null;
+let busyCount = 0; // running uploads and jobs; nothing is submitted while it is above 0
 
 /* The API. */
 
-class Refused extends Error {
-  constructor(detail, faults = []) {
+class RequestRefused extends Error {
+  constructor(detail, errors = []) {
     super(detail);
-    this.faults = faults;
+    this.errors = errors;
   }
 }
 
-/* It may answer later. */
+/* The server is not available now; a later call may succeed. */
 class Unreachable extends Error {}
 
 async function call(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
   const headers = { ...options.headers, ...(key && { authorization: `Bearer ${key}` }) };
-  const answer = await fetch(path, { ...options, headers }).catch((fault) => {
-    throw fault.name === "AbortError" ? fault : new Unreachable("The server does not answer.");
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Unreachable("The server does not answer. Try again in a moment.");
   });
-  const content = await answer.json().catch(() => ({}));
-  const detail = content.detail ?? `The server answered ${answer.status}.`;
-  if (answer.status >= 500) throw new Unreachable(detail);
-  const atKey = answer.status === 401 && part("key") ? [{ pointer: "/key", detail }] : [];
-  if (!answer.ok) throw new Refused(detail, content.errors ?? atKey);
+  const content = await response.json().catch(() => ({}));
+  const detail = content.detail ?? `The server answered with status ${response.status}.`;
+  if (response.status >= 500) throw new Unreachable(detail);
+  const keyErrors = response.status === 401 && byId("key") ? [{ pointer: "/key", detail }] : [];
+  if (!response.ok) throw new RequestRefused(detail, content.errors ?? keyErrors);
   return content;
 }
 
@@ -50,20 +51,20 @@ function post(path, body, options = {}) {
   return call(path, { method: "POST", body: JSON.stringify(body), headers, ...options });
 }
 
-/* An address of a job, reached under the name that this page has. */
-const here = (url) => new URL(url).pathname;
+/* A job's URL on the host name of this page, which may differ from the configured public URL. */
+const onThisHost = (url) => new URL(url).pathname;
 
 /* The form. */
 
-function requestOf(wanted = () => true) {
-  const said = [...form.elements].filter((field) => field.name && wanted(field.name) && !field.closest("[hidden]"));
-  const values = said.map((field) => [field.name, valueOf(field)]).filter(([, value]) => value !== undefined);
+function requestFrom(includes = () => true) {
+  const fields = [...form.elements].filter((field) => field.name && includes(field.name) && !field.closest("[hidden]"));
+  const values = fields.map((field) => [field.name, valueOf(field)]).filter(([, value]) => value !== undefined);
   return Object.fromEntries(values);
 }
 
-/* What a field says, undefined for nothing. What should be a number and is none goes as it is: the API refuses it. */
+/* Return a field's value; undefined if it is empty. Text in a number field is sent as text: the API refuses it. */
 function valueOf(field) {
-  if (field.type === "file") return addresses[field.name];
+  if (field.type === "file") return inputAddresses[field.name];
   if (field.type === "checkbox") return field.checked || undefined;
   if (field.validity.badInput) return "not a number";
   if (!field.value.trim()) return undefined;
@@ -76,97 +77,103 @@ function numberOf(text) {
   return Number.isFinite(number) && Math.abs(number) <= Number.MAX_SAFE_INTEGER ? number : text;
 }
 
-function clearFaults() {
-  for (const fault of form.querySelectorAll(".fault")) fault.remove();
+function clearErrors() {
+  for (const error of form.querySelectorAll(".field-error")) error.remove();
   for (const field of form.querySelectorAll("[aria-invalid]")) {
     field.removeAttribute("aria-invalid");
     field.removeAttribute("aria-describedby");
   }
 }
 
-/* Whether there was a field in sight to show it at. */
-function showFault({ pointer, detail }) {
+/* Show an error at its field. Return whether there is such a field and it is visible. */
+function showFieldError({ pointer = "", detail }) {
   const field = form.elements.namedItem(pointer.split("/")[1]);
   if (!field || field.closest("[hidden]")) return false;
-  const shown = { className: "fault", id: `${field.id}-fault`, textContent: detail };
-  const fault = Object.assign(document.createElement("p"), shown);
-  part(fault.id)?.remove();
-  field.closest(".field").append(fault);
+  const properties = { className: "field-error", id: `${field.id}-error`, textContent: detail };
+  const message = Object.assign(document.createElement("p"), properties);
+  byId(message.id)?.remove();
+  field.closest(".field").append(message);
   field.setAttribute("aria-invalid", "true");
-  field.setAttribute("aria-describedby", fault.id);
+  field.setAttribute("aria-describedby", message.id);
   field.closest("details")?.setAttribute("open", "");
   return true;
 }
 
-/* Faults stand at their fields; a sentence says what stands nowhere else. */
-function report(fault) {
-  const faults = fault.faults ?? [];
-  const homeless = faults.filter((one) => !showFault(one));
-  const sentence = homeless.map(({ pointer, detail }) => `${pointer.slice(1)}: ${detail}`).join("; ");
-  say(faults.length ? sentence || "Something in the form is not right." : fault.message, { refused: true });
+/* Return an error's text after the field, header or parameter that it is about; alone if that is the whole body. */
+function withPlace({ pointer = "", name, detail }) {
+  const place = name ?? pointer.slice(1);
+  return place ? `${place}: ${detail}` : detail;
+}
+
+/* Show each error at its field; show errors without a visible field in the status line. */
+function showError(error) {
+  const errors = error.errors ?? [];
+  const unplaced = errors.filter((one) => !showFieldError(one));
+  const summary = unplaced.map(withPlace).join("; ");
+  showMessage(errors.length ? summary || "Please correct the marked fields." : error.message, { refused: true });
   form.querySelector("[aria-invalid]")?.focus();
 }
 
 /* Templates and sizes. */
 
-function group(label, options) {
+function optionGroup(label, options) {
   const element = Object.assign(document.createElement("optgroup"), { label });
   element.append(...options);
   return element;
 }
 
-const spoken = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
+const titleOf = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
 
 function fillTemplates({ templates }) {
   const categories = [...new Set(templates.map(({ category }) => category))];
-  const groups = categories.map((wanted) => {
-    const found = templates.filter(({ category }) => category === wanted);
-    return group(spoken(wanted || "other"), found.map(({ name }) => new Option(spoken(name), name)));
+  const groups = categories.map((name) => {
+    const members = templates.filter(({ category }) => category === name);
+    return optionGroup(titleOf(name || "other"), members.map((one) => new Option(titleOf(one.name), one.name)));
   });
-  const chooser = part("template");
+  const chooser = byId("template");
   const chosen = chooser.value;
   chooser.replaceChildren(new Option("None", ""), ...groups);
   chooser.value = chosen;
   const descriptions = new Map(templates.map(({ name, description }) => [name, description]));
   chooser.onchange = () => {
-    part("description").textContent = descriptions.get(chooser.value) ?? "";
+    byId("description").textContent = descriptions.get(chooser.value) ?? "";
   };
 }
 
 function fillSizes(sizes) {
-  const { presets, ratios, resolutions, default: usual, limits } = sizes;
+  const { presets, ratios, resolutions, default: defaultSize, limits } = sizes;
   const others = ratios.filter(({ ratio }) => !presets.some((preset) => preset.ratio === ratio));
-  const called = (name, ratio) => (name === ratio ? ratio : `${ratio} ${name.split("_")[0]}`);
-  const ratioOption = ({ name, ratio }) => new Option(called(name, ratio), ratio);
-  part("aspect_ratio").replaceChildren(
-    group("Shapes", presets.map(ratioOption)),
-    group("Other ratios", others.map(ratioOption)),
-    group("In pixels", [new Option("Width × height", "")]),
+  const labelOf = (name, ratio) => (name === ratio ? ratio : `${ratio} ${name.split("_")[0]}`);
+  const ratioOption = ({ name, ratio }) => new Option(labelOf(name, ratio), ratio);
+  byId("aspect_ratio").replaceChildren(
+    optionGroup("Presets", presets.map(ratioOption)),
+    optionGroup("Other ratios", others.map(ratioOption)),
+    optionGroup("In pixels", [new Option("Width × height", "")]),
   );
-  const payable = resolutions.filter((side) => side * side <= limits.max_pixels);
-  part("resolution").replaceChildren(...payable.map((side) => new Option(`${side} × ${side}`, side)));
-  part("resolution").value = Math.round(Math.sqrt(usual.width * usual.height));
-  const same = ratios.find(({ width, height }) => width === usual.width && height === usual.height);
-  part("aspect_ratio").value = same?.ratio ?? "";
-  chooseSize();
+  const allowed = resolutions.filter((side) => side * side <= limits.max_pixels);
+  byId("resolution").replaceChildren(...allowed.map((side) => new Option(`${side} × ${side}`, side)));
+  byId("resolution").value = Math.round(Math.sqrt(defaultSize.width * defaultSize.height));
+  const same = ratios.find(({ width, height }) => width === defaultSize.width && height === defaultSize.height);
+  byId("aspect_ratio").value = same?.ratio ?? "";
+  showSizeFields();
 }
 
-function chooseSize() {
-  const bySides = !part("aspect_ratio").value;
-  for (const field of form.querySelectorAll(".by-sides")) field.hidden = !bySides;
-  for (const field of form.querySelectorAll(".by-ratio")) field.hidden = bySides;
+function showSizeFields() {
+  const bySideLengths = !byId("aspect_ratio").value;
+  for (const field of form.querySelectorAll(".by-side-lengths")) field.hidden = !bySideLengths;
+  for (const field of form.querySelectorAll(".by-area")) field.hidden = bySideLengths;
 }
 
 async function load() {
-  clearFaults();
-  if (part("key") && !sessionStorage.getItem(KEY)) return say("Give your API key to begin.");
+  clearErrors();
+  if (byId("key") && !sessionStorage.getItem(KEY)) return showMessage("Enter your API key to begin.");
   try {
     const [templates, sizes] = await Promise.all([call("/api/templates"), call("/api/sizes")]);
     fillTemplates(templates);
     fillSizes(sizes);
-    say("");
-  } catch (fault) {
-    report(fault);
+    showMessage("");
+  } catch (error) {
+    showError(error);
   }
 }
 
@@ -174,220 +181,230 @@ async function load() {
 
 let counting = new AbortController();
 
-function countSoon() {
+function scheduleCount() {
   counting.abort();
   counting = new AbortController();
   const { signal } = counting;
-  setTimeout(() => signal.aborted || count(signal), COUNT_AFTER_MS);
+  setTimeout(() => signal.aborted || count(signal), COUNT_DELAY_MS);
 }
 
 async function count(signal) {
-  const request = requestOf((name) => LAYOUT.includes(name));
+  const request = requestFrom((name) => PROMPT_FIELDS.includes(name));
   if (!request.prompt) return showCount({});
   try {
     showCount(await post("/api/format-prompt", request, { signal }));
-  } catch (fault) {
-    if (!signal.aborted) showCount({}); // what is wrong is said when it matters: at Generate
+  } catch (error) {
+    if (!signal.aborted) showCount({}); // errors are shown when the form is submitted
   }
 }
 
-function showCount({ tokens, limit, kept_tokens: kept, long_prompt_mode: mode }) {
+function showCount({ tokens, limit, used_tokens: used, long_prompt_mode: mode }) {
   const over = limit != null && tokens > limit;
   const counted = limit == null ? `${tokens} tokens` : `${tokens} of ${limit} tokens`;
-  const fate = kept == null ? "would be refused" : mode?.replace("_", " ");
-  const judged = over ? `${counted}: too long (${fate})` : counted;
-  part("tokens").textContent = tokens == null ? "" : judged;
-  part("tokens").classList.toggle("over", over);
+  const consequence = used == null ? "would be refused" : `will be shortened (${mode?.replace("_", " ")})`;
+  byId("tokens").textContent = tokens == null ? "" : over ? `${counted}: too long, ${consequence}` : counted;
+  byId("tokens").classList.toggle("over", over);
 }
 
-/* Inputs: uploaded as they are chosen. */
+/* Input images, uploaded as soon as they are chosen. */
 
 async function upload(field) {
   const [file] = field.files;
   if (!file) return;
-  clearFaults();
-  occupy(+1);
+  clearErrors();
+  changeBusy(+1);
   try {
     const headers = { "content-type": file.type || "application/octet-stream" };
     const { id } = await call("/api/inputs", { method: "POST", body: file, headers });
-    give(field, id, URL.createObjectURL(file));
-  } catch (fault) {
-    take(field);
-    showFault({ pointer: `/${field.name}`, detail: fault.faults?.[0]?.detail ?? fault.message });
+    setInput(field, id, URL.createObjectURL(file));
+  } catch (error) {
+    removeInput(field);
+    showFieldError({ pointer: `/${field.name}`, detail: error.errors?.[0]?.detail ?? error.message });
   } finally {
-    occupy(-1);
+    changeBusy(-1);
   }
 }
 
-function give(field, address, picture) {
-  addresses[field.name] = address;
-  showInput(field, picture);
+function setInput(field, address, imageUrl) {
+  inputAddresses[field.name] = address;
+  showInput(field, imageUrl);
 }
 
-function take(field) {
-  delete addresses[field.name];
+function removeInput(field) {
+  delete inputAddresses[field.name];
   field.value = "";
   showInput(field, "");
 }
 
-function showInput(field, picture) {
+function showInput(field, imageUrl) {
   const [thumbnail, remove] = field.parentElement.querySelectorAll("img, button");
   if (thumbnail.src.startsWith("blob:")) URL.revokeObjectURL(thumbnail.src);
-  picture ? thumbnail.setAttribute("src", picture) : thumbnail.removeAttribute("src");
-  thumbnail.hidden = remove.hidden = !picture;
-  part("with-image").hidden = !addresses.image;
+  imageUrl ? thumbnail.setAttribute("src", imageUrl) : thumbnail.removeAttribute("src");
+  thumbnail.hidden = remove.hidden = !imageUrl;
+  byId("with-image").hidden = !inputAddresses.image;
 }
 
 /* The job. */
 
 async function generate(event) {
   event.preventDefault();
-  if (occupied) return;
-  clearFaults();
-  occupy(+1);
+  if (busyCount) return;
+  clearErrors();
+  changeBusy(+1);
   try {
-    say("Submitting…");
-    show(await follow(await post("/api/generate", requestOf())));
-    turnToPictures();
-  } catch (fault) {
-    report(fault);
+    showMessage("Submitting…");
+    showResult(await follow(await post("/api/generate", requestFrom())));
+    scrollToImages();
+  } catch (error) {
+    showError(error);
   } finally {
-    part("cancel").disabled = true;
-    part("progress").hidden = true;
-    occupy(-1);
+    byId("cancel").disabled = true;
+    byId("progress").hidden = true;
+    changeBusy(-1);
   }
 }
 
-function occupy(by) {
-  occupied += by;
-  part("generate").disabled = occupied > 0;
+function changeBusy(change) {
+  busyCount += change;
+  byId("generate").disabled = busyCount > 0;
 }
 
 async function follow(job) {
-  following = job;
-  part("cancel").disabled = false;
-  turnToPictures();
-  while (!ENDED.includes(following.status)) {
-    showProgress(following);
-    await new Promise((resolve) => setTimeout(resolve, LOOK_EVERY_MS));
-    following = await look(following);
+  currentJob = job;
+  byId("cancel").disabled = false;
+  scrollToImages();
+  while (!TERMINAL.includes(currentJob.status)) {
+    showProgress(currentJob, currentJob.status === "queued" ? await workersPresent() : null);
+    await new Promise((resolve) => setTimeout(resolve, POLL_INTERVAL_MS));
+    currentJob = await poll(currentJob);
   }
-  return following;
+  return currentJob;
 }
 
-/* The job of now; the same as before where the server does not answer for a while. */
-async function look(job) {
+/* Return the job's current state, or the last known one while the server is unreachable. */
+async function poll(job) {
   try {
-    return await call(here(job.urls.self));
-  } catch (fault) {
-    if (!(fault instanceof Unreachable)) throw fault;
+    return await call(onThisHost(job.urls.self));
+  } catch (error) {
+    if (!(error instanceof Unreachable)) throw error;
     return job;
   }
 }
 
 async function cancel() {
-  await call(here(following.urls.cancel), { method: "POST" }).catch(report);
+  await call(onThisHost(currentJob.urls.cancel), { method: "POST" }).catch(showError);
 }
 
-function turnToPictures() {
-  if (BELOW.matches) part("outcome").scrollIntoView();
+function scrollToImages() {
+  if (STACKED.matches) byId("result").scrollIntoView();
 }
 
-function say(sentence, { refused = false } = {}) {
-  part("said").textContent = sentence;
-  part("state").hidden = !sentence;
-  part("state").classList.toggle("refused", refused);
-  part("nothing-yet").hidden = Boolean(sentence) || part("pictures").childElementCount > 0;
+function showMessage(text, { refused = false } = {}) {
+  byId("message").textContent = text;
+  byId("status").hidden = !text;
+  byId("status").classList.toggle("refused", refused);
+  byId("placeholder").hidden = Boolean(text) || byId("images").childElementCount > 0;
 }
 
-function showProgress({ status, progress, queue_position: position, cancel_requested_at: canceling }) {
-  const bar = part("progress");
+/* Return the number of workers that are present; null if the server does not say. */
+async function workersPresent() {
+  try {
+    return (await (await fetch("/health/ready")).json()).workers;
+  } catch {
+    return null;
+  }
+}
+
+function showProgress(job, workers) {
+  const { status, progress, queue_position: position, cancel_requested_at: cancelRequestedAt } = job;
+  const bar = byId("progress");
   bar.hidden = false;
   progress ? (bar.value = progress.fraction) : bar.removeAttribute("value");
-  if (canceling) say("Canceling…");
-  else if (status === "queued") say(position > 1 ? `Queued: number ${position}` : "Queued: next in the queue");
-  else if (progress) say(`${spoken(progress.phase)}: step ${progress.step} of ${progress.steps}`);
-  else say("Running");
+  if (cancelRequestedAt) showMessage("Canceling…");
+  else if (status === "queued" && workers === 0) showMessage("Queued: no worker is running; the job waits for one");
+  else if (status === "queued") showMessage(position > 1 ? `Queued: number ${position}` : "Queued: next in the queue");
+  else if (progress) showMessage(`${titleOf(progress.phase)}: step ${progress.step} of ${progress.steps}`);
+  else showMessage("Running");
 }
 
-/* The pictures. */
+/* The images. */
 
-function show(job) {
+function showResult(job) {
   const figures = job.outputs.filter(({ url }) => url).map((output) => figureOf(job, output));
   if (job.status === "succeeded") {
-    part("pictures").replaceChildren(...figures);
-    keep(job);
+    byId("images").replaceChildren(...figures);
+    addToSession(job);
   }
-  const ends = {
+  const messages = {
     failed: `Failed: ${job.error?.message}`,
     canceled: "Canceled.",
-    expired: "The pictures were deleted after their time.",
+    expired: "The images were deleted after their retention time.",
   };
-  say(ends[job.status] ?? "", { refused: job.status === "failed" });
+  showMessage(messages[job.status] ?? job.engine?.size_notice ?? "", { refused: job.status === "failed" });
 }
 
 function figureOf(job, output) {
-  const figure = part("picture").content.cloneNode(true).firstElementChild;
-  const [image, facts, save] = ["img", ".facts-line", ".save"].map((selector) => figure.querySelector(selector));
+  const figure = byId("image-card").content.cloneNode(true).firstElementChild;
+  const [image, summary, download] = ["img", ".summary", ".download"].map((selector) => figure.querySelector(selector));
   Object.assign(image, { src: output.url, width: output.width, height: output.height, alt: job.request.prompt });
-  facts.textContent = `Seed ${output.seed} · ${output.width} × ${output.height} · ${job.request.steps} steps`;
-  Object.assign(save, { href: output.url, download: `${job.id}-${output.index}.${output.format}` });
-  figure.querySelector(".again").onclick = () => useSeed(output.seed);
-  figure.querySelector(".onward").onclick = () => startFrom(job, output);
+  summary.textContent = `Seed ${output.seed} · ${output.width} × ${output.height} · ${job.request.steps} steps`;
+  Object.assign(download, { href: output.download_url, download: "" });
+  figure.querySelector(".reuse-seed").onclick = () => useSeed(output.seed);
+  figure.querySelector(".start-from").onclick = () => startFrom(job, output);
   return figure;
 }
 
 function useSeed(seed) {
-  part("seed").value = seed;
-  part("seed").focus();
+  byId("seed").value = seed;
+  byId("seed").focus();
 }
 
 function startFrom(job, output) {
-  part("image").value = "";
-  give(part("image"), `output:${job.id}/${output.index}`, output.url);
-  part("strength").focus();
+  byId("image").value = "";
+  setInput(byId("image"), `output:${job.id}/${output.index}`, output.url);
+  byId("strength").focus();
 }
 
-/* A thumbnail leads back to its job, whose links are fresh then. */
-function keep(job) {
-  const strip = part("strip");
+/* Add the job's thumbnails to the list of this session. A click loads the job again, so that its links are fresh. */
+function addToSession(job) {
+  const strip = byId("strip");
   if (strip.querySelector(`[data-job="${job.id}"]`)) return;
   for (const output of job.outputs) {
-    const thumbnail = part("thumbnail").content.cloneNode(true).firstElementChild;
+    const thumbnail = byId("thumbnail").content.cloneNode(true).firstElementChild;
     thumbnail.dataset.job = job.id;
     const alt = `${job.request.prompt}, seed ${output.seed}`;
     Object.assign(thumbnail.querySelector("img"), { src: output.url, alt });
-    thumbnail.querySelector("button").onclick = () => call(here(job.urls.self)).then(show, report);
+    thumbnail.querySelector("button").onclick = () => call(onThisHost(job.urls.self)).then(showResult, showError);
     strip.prepend(thumbnail);
   }
-  while (strip.childElementCount > PICTURES_KEPT) strip.lastElementChild.remove();
-  part("session").hidden = false;
+  while (strip.childElementCount > MAX_THUMBNAILS) strip.lastElementChild.remove();
+  byId("session").hidden = false;
 }
 
-/* What the page reacts to. */
+/* Event listeners. */
 
 form.addEventListener("submit", generate);
-form.addEventListener("input", countSoon);
+form.addEventListener("input", scheduleCount);
 form.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
-part("cancel").addEventListener("click", cancel);
-part("aspect_ratio").addEventListener("change", chooseSize);
+byId("cancel").addEventListener("click", cancel);
+byId("aspect_ratio").addEventListener("change", showSizeFields);
 for (const field of form.querySelectorAll("input[type=file]")) {
   field.addEventListener("change", () => upload(field));
-  field.parentElement.querySelector(".remove").addEventListener("click", () => take(field));
+  field.parentElement.querySelector(".remove").addEventListener("click", () => removeInput(field));
 }
-part("strength").addEventListener("input", showStrength);
-part("key")?.addEventListener("change", ({ target }) => {
+byId("strength").addEventListener("input", showStrength);
+byId("key")?.addEventListener("change", ({ target }) => {
   sessionStorage.setItem(KEY, target.value.trim());
   load();
 });
 
 function showStrength() {
-  part("strength-shown").textContent = Number(part("strength").value).toFixed(2);
+  byId("strength-shown").textContent = Number(byId("strength").value).toFixed(2);
 }
 
-if (part("key")) part("key").value = sessionStorage.getItem(KEY) ?? "";
+if (byId("key")) byId("key").value = sessionStorage.getItem(KEY) ?? "";
 showStrength();
-countSoon();
+scheduleCount();
 load();

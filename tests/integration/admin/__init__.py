@@ -1,1 +1,1 @@
-"""The pages, over real HTTP and in a real browser."""
+"""Tests of the pages, over real HTTP and in a real browser."""

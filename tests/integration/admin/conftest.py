@@ -1,4 +1,4 @@
-"""A real server process with its pages, and a browser that minds every complaint."""
+"""Fixtures: a real server process with its pages, and a browser whose errors fail the test."""
 
 import io
 from collections.abc import Iterator
@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, Response, expect
-from sqlalchemy import delete
 
 from tests.integration.installation import Installation
-from tests.integration.jobs.examples import RETENTION_S, claim, picture, submit
+from tests.integration.jobs.examples import RETENTION_S, claim, empty, stored_image, submit
 from tests.services import browser as browsers
 from tests.services.postgres import Postgres
 from tests.waiting import wait_until
 from zcore.jobs import lifecycle, queries
+from zcore.jobs.claims import Lease
 from zcore.jobs.database import Database
-from zcore.jobs.lifecycle import Lease, StoredOutput
-from zcore.jobs.models import Job, Worker
+from zcore.jobs.lifecycle import StoredOutput
+from zcore.jobs.models import AdminSession, Job
 from zcore.keys import load_keys
 from zcore.storage import Storage, open_storage
 
@@ -27,17 +27,17 @@ ADMIN_KEY = "the-key-of-these-tests"
 
 @dataclass(frozen=True)
 class Served:
-    """A running server, and what lies behind it."""
+    """A running server with its database, storage and broker folder."""
 
     url: str
     database: Database
     storage: Storage
-    bell: Path  # the folder where rings of the doorbell arrive
+    notifications: Path  # the folder that receives the broker's messages
 
 
 @pytest.fixture(scope="module")
 def server(postgres: Postgres, migrated_template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The server of this file's tests, on PostgreSQL. No worker runs, so jobs stay as the test left them."""
+    """The server of one test module, on PostgreSQL. No worker runs, so jobs do not change on their own."""
     folder = tmp_path_factory.mktemp("admin")
     with postgres.database(migrated_template) as database_url:
         installation = Installation(folder, {"database.url": database_url, "server.admin_key": ADMIN_KEY})
@@ -48,43 +48,42 @@ def server(postgres: Postgres, migrated_template: str, tmp_path_factory: pytest.
 
 @pytest.fixture
 def admin(server: Served) -> Iterator[Served]:
-    """The server with an empty record."""
+    """The server with an empty database."""
     yield server
-    with server.database.write() as transaction:
-        transaction.session.execute(delete(Job))
-        transaction.session.execute(delete(Worker))
+    empty(server.database, AdminSession)
 
 
 @pytest.fixture
-def complaints() -> list[str]:
-    """What the browser complained of; a test takes out what it provoked."""
+def browser_errors() -> list[str]:
+    """Errors that the browser reported; a test removes those that it expects."""
     return []
 
 
 @pytest.fixture
-def stranger(admin: Served, browser_page: Page, complaints: list[str]) -> Iterator[Page]:
-    """A browser that has not signed in. Violations of the content policy, scripts' errors and failed requests are
-    complaints, and the test fails by them.
+def anonymous_page(admin: Served, browser_page: Page, browser_errors: list[str]) -> Iterator[Page]:
+    """A browser page that has not signed in.
+
+    Content policy violations, script errors and failed requests fail the test.
     """
 
     def listen(message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
-            complaints.append(message.text)
+            browser_errors.append(message.text)
 
-    def look(response: Response) -> None:
+    def check(response: Response) -> None:
         if response.status >= 400:
-            complaints.append(f"{response.status} {response.request.method} {response.url}")
+            browser_errors.append(f"{response.status} {response.request.method} {response.url}")
 
     browser_page.on("console", listen)
-    browser_page.on("pageerror", lambda error: complaints.append(str(error)))
-    browser_page.on("response", look)
+    browser_page.on("pageerror", lambda error: browser_errors.append(str(error)))
+    browser_page.on("response", check)
     yield browser_page
-    assert complaints == []
+    assert browser_errors == []
 
 
 @pytest.fixture(scope="module")
 def session(server: Served, browser: Browser) -> str:
-    """The cookie of somebody who signed in."""
+    """The cookie of a signed-in session."""
     with browsers.page(browser) as page:
         page.goto(f"{server.url}/admin")
         sign_in(page, ADMIN_KEY)
@@ -94,44 +93,46 @@ def session(server: Served, browser: Browser) -> str:
 
 
 @pytest.fixture
-def page(admin: Served, stranger: Page, session: str) -> Page:
-    """A browser that is signed in, at the jobs."""
-    stranger.context.add_cookies(
+def page(admin: Served, anonymous_page: Page, session: str) -> Page:
+    """A signed-in browser page that shows the job list."""
+    anonymous_page.context.add_cookies(
         [{"name": "zimage_admin", "value": session, "domain": "127.0.0.1", "path": "/admin", "httpOnly": True}]
     )
-    stranger.goto(f"{admin.url}/admin")
-    return stranger
+    anonymous_page.goto(f"{admin.url}/admin")
+    return anonymous_page
 
 
 def sign_in(page: Page, key: str) -> None:
-    """Give a key at the sign-in page."""
+    """Submit a key on the sign-in page."""
     page.get_by_label("Admin key").fill(key)
     page.get_by_role("button", name="Sign in").click()
 
 
-def painted(admin: Served, retention_s: float = RETENTION_S, n: int = 1, **fields: object) -> Job:
-    """A job that succeeded, its pictures in storage."""
+def succeeded_job(admin: Served, retention_s: float = RETENTION_S, n: int = 1, **fields: object) -> Job:
+    """Create a succeeded job with its images in storage."""
     submit(admin.database, n=n, **fields)
-    return paint(admin, claim(admin.database), retention_s, n)
+    return complete(admin, claim(admin.database), retention_s, n)
 
 
-def paint(admin: Served, lease: Lease, retention_s: float = RETENTION_S, n: int = 1) -> Job:
-    """The lease's job as a worker ends it."""
+def complete(
+    admin: Served, lease: Lease, retention_s: float = RETENTION_S, n: int = 1, engine: dict[str, str] | None = None
+) -> Job:
+    """Complete the lease's job in place of a worker."""
     content = io.BytesIO()
     Image.linear_gradient("L").resize((64, 64)).save(content, "PNG")
     outputs: list[StoredOutput] = []
     for position in range(n):
         key = f"jobs/{lease.job_id}/1-{position}.png"
         admin.storage.put(key, content.getvalue(), "image/png")
-        example = picture(position)
+        example = stored_image(position)
         outputs.append(StoredOutput(position, key, "png", 64, 64, len(content.getvalue()), "a" * 64, example.seed))
     with admin.database.write() as transaction:
-        lifecycle.complete(transaction, lease, outputs, {"total_ms": 5}, {"device": "cpu"}, retention_s)
+        lifecycle.complete(transaction, lease, outputs, {"total_ms": 5}, engine or {"device": "cpu"}, retention_s)
         return queries.get(transaction, lease.job_id)
 
 
 def natural_widths(page: Page, selector: str) -> list[int]:
-    """How wide the pictures are that have been loaded and understood."""
+    """Return the natural widths of the matching images once all of them are loaded."""
     expect(page.locator(selector).first).to_be_visible()
     loaded = "images => images.every(image => image.complete) && images.map(image => image.naturalWidth)"
     return wait_until(lambda: page.locator(selector).evaluate_all(loaded))

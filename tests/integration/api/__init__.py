@@ -1,1 +1,1 @@
-"""The HTTP interface, asked over real connections."""
+"""Tests of the HTTP API over real connections."""

@@ -1,4 +1,4 @@
-"""Templates and sizes can be looked up, and a prompt can be looked at before it is painted."""
+"""Lists of templates and sizes, and the preview of a formatted prompt."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.integration.api.conftest import Api, pointers, problem
-from zcore.imaging.text.templates import TemplateLibrary
+from zcore.prompt.templates import TemplateLibrary
 from zcore.settings import TREE
 
 SHIPPED = TemplateLibrary.load(TREE / "templates" / "z_image")
@@ -32,63 +32,63 @@ def test_templates_are_found_by_category_and_text(open_api: Api) -> None:
     assert open_api.get("/api/templates", params={"category": "nothing"}).json() == {"templates": []}
 
 
-def test_a_template_shows_its_system_prompt_and_an_unknown_one_its_neighbours(open_api: Api) -> None:
+def test_a_template_has_its_system_prompt_and_an_unknown_name_gets_suggestions(open_api: Api) -> None:
     shown = open_api.get("/api/templates/photography").json()
     assert shown["system_prompt"] == SHIPPED.get("photography").body
     refused = problem(open_api.get("/api/templates/fotography"), 404, "not_found")
     assert "`photography`" in refused["detail"]
 
 
-def test_a_formatted_prompt_shows_text_and_tokens(open_api: Api) -> None:
+def test_a_formatted_prompt_has_its_text_and_token_count(open_api: Api) -> None:
     shown = open_api.post("/api/format-prompt", json={"prompt": "a fox"}).json()
     assert shown["formatted"] == "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n"
     assert shown["limit"] == 1504
-    assert 8 < shown["tokens"] == shown["kept_tokens"] < 16
+    assert 8 < shown["tokens"] == shown["used_tokens"] < 16
     block = open_api.post("/api/format-prompt", json={"prompt": "a fox", "force_think_block": True}).json()
     assert block["formatted"].endswith("<think>\n\n</think>\n\n")
     assert block["tokens"] > shown["tokens"]
 
 
-def test_what_the_caller_says_takes_the_place_of_the_templates(open_api: Api) -> None:
+def test_request_fields_override_the_template(open_api: Api) -> None:
     def formatted(**fields: Any) -> str:
         return open_api.post("/api/format-prompt", json={"prompt": "a fox", **fields}).json()["formatted"]
 
     assert SHIPPED.get("photography").body in formatted(template="photography")
-    own = formatted(template="photography", system_prompt="Paint with mud.")
-    assert own.startswith("<|im_start|>system\nPaint with mud.<|im_end|>")
+    own = formatted(template="photography", system_prompt="Draw with mud.")
+    assert own.startswith("<|im_start|>system\nDraw with mud.<|im_end|>")
     assert SHIPPED.get("photography").body not in own
     assert formatted(template="photography", system_prompt="") == formatted()
 
 
-@pytest.mark.parametrize(("mode", "kept"), [("interpolate", 1504), ("truncate", 1504)])
-def test_a_prompt_over_the_limit_is_counted_and_accepted(open_api: Api, mode: str, kept: int) -> None:
+@pytest.mark.parametrize("mode", ["interpolate", "truncate"])
+def test_a_prompt_over_the_limit_is_counted_and_accepted(open_api: Api, mode: str) -> None:
     body = {"prompt": "fox " * 4000, "long_prompt_mode": mode}
     shown = open_api.post("/api/format-prompt", json=body).json()
     assert shown["tokens"] > 1504
-    assert (shown["kept_tokens"], shown["long_prompt_mode"]) == (kept, mode)
+    assert (shown["used_tokens"], shown["long_prompt_mode"]) == (1504, mode)
     assert open_api.post("/api/generate", json=body).status_code == 202
 
 
-def test_a_prompt_over_the_limit_is_refused_where_the_caller_wants_that(open_api: Api) -> None:
+def test_a_prompt_over_the_limit_is_refused_in_refuse_mode(open_api: Api) -> None:
     refused = open_api.post("/api/generate", json={"prompt": "fox " * 4000, "long_prompt_mode": "refuse"})
     document = problem(refused, 400, "prompt_too_long")
     assert pointers(document) == {"/prompt"}
-    assert "at most 1504" in document["detail"]
+    assert "1504" in document["detail"]
 
 
-def test_a_thought_that_leaves_no_room_for_the_prompt_is_refused_in_every_mode(open_api: Api) -> None:
+def test_thinking_content_over_the_limit_is_refused_in_every_mode(open_api: Api) -> None:
     body = {"prompt": "a fox", "thinking_content": "hm " * 5000}
     problem(open_api.post("/api/generate", json=body), 400, "prompt_too_long")
 
 
-def test_a_prompt_that_would_be_refused_keeps_no_tokens(open_api: Api) -> None:
+def test_a_prompt_that_would_be_refused_has_no_used_tokens(open_api: Api) -> None:
     for body in (
         {"prompt": "fox " * 4000, "long_prompt_mode": "refuse"},
         {"prompt": "a fox", "thinking_content": "hm " * 5000},
     ):
         shown = open_api.post("/api/format-prompt", json=body).json()
         assert shown["tokens"] > shown["limit"]
-        assert shown["kept_tokens"] is None
+        assert shown["used_tokens"] is None
 
 
 @pytest.mark.parametrize(
@@ -99,31 +99,29 @@ def test_a_prompt_that_would_be_refused_keeps_no_tokens(open_api: Api) -> None:
         ({"slg": {"layers": [5]}}, "/slg/layers"),
     ],
 )
-def test_a_layer_that_the_model_lacks_is_refused_before_it_is_stored(
-    open_api: Api, fields: dict[str, Any], pointer: str
-) -> None:
+def test_a_layer_that_the_model_does_not_have_is_refused(open_api: Api, fields: dict[str, Any], pointer: str) -> None:
     assert pointers(problem(open_api.submit(**fields), 400, "invalid_request")) == {pointer}
 
 
-def test_a_negative_prompt_is_counted_too(open_api: Api) -> None:
+def test_the_negative_prompt_is_counted_too(open_api: Api) -> None:
     body = {"prompt": "a fox", "negative_prompt": "fox " * 4000, "guidance_scale": 2.0, "long_prompt_mode": "refuse"}
     assert pointers(problem(open_api.post("/api/generate", json=body), 400, "prompt_too_long")) == {"/negative_prompt"}
 
 
-def test_a_wrong_field_of_a_prompt_is_named(open_api: Api) -> None:
+def test_an_invalid_field_of_a_preview_is_named(open_api: Api) -> None:
     document = problem(
         open_api.post("/api/format-prompt", json={"prompt": "a", "hidden_layer": 0}), 400, "invalid_request"
     )
     assert pointers(document) == {"/hidden_layer"}
 
 
-def test_sizes_are_listed_at_the_operators_resolution_with_their_bounds(open_api: Api) -> None:
+def test_sizes_are_listed_at_the_default_resolution_with_their_limits(open_api: Api) -> None:
     sizes = open_api.get("/api/sizes").json()
     assert sizes["default"] == {"width": 128, "height": 128}
     assert sizes["limits"] == {
         "smallest_side_px": 64, "largest_side_px": 8192, "multiple_px": 16, "max_pixels": 1048576,
     }  # fmt: skip
-    assert {128, 1024, 1280, 1536} == set(sizes["resolutions"])
+    assert {128, 256, 320, 384} == set(sizes["resolutions"])
     by_name = {entry["name"]: entry for entry in [*sizes["presets"], *sizes["ratios"]]}
     assert by_name["landscape_16_9"] == {"name": "landscape_16_9", "ratio": "16:9", "width": 176, "height": 96}
     for name, entry in by_name.items():
@@ -132,20 +130,20 @@ def test_sizes_are_listed_at_the_operators_resolution_with_their_bounds(open_api
 
 
 @pytest.mark.parametrize("path", ["/api/templates", "/api/templates/photography", "/api/sizes"])
-def test_with_keys_these_need_one_too(keyed_api: Api, path: str) -> None:
+def test_lists_require_a_key_if_keys_are_configured(keyed_api: Api, path: str) -> None:
     problem(keyed_api.get(path), 401, "unauthorized")
     assert keyed_api.as_("anna").get(path).status_code == 200
 
 
-def test_looking_at_a_prompt_loads_no_torch() -> None:
+def test_the_preview_loads_no_torch() -> None:
     program = (
         "import sys\n"
         "from zcore.settings import load_settings\n"
-        "from server.limits import PromptLimit\n"
+        "from server.prompt_check import PromptCheck\n"
         "from zcore.request import GenerationRequest\n"
         "settings = load_settings({'ZIMAGE_PROFILE': 'demo'})\n"
-        "limit = PromptLimit.load(settings.templates_paths, settings.model_location)\n"
-        "print(limit.lay_out(GenerationRequest(prompt='a fox')).tokens, 'torch' in sys.modules)\n"
+        "check = PromptCheck.load(settings.templates_paths, settings.model_location)\n"
+        "print(check.format(GenerationRequest(prompt='a fox')).tokens, 'torch' in sys.modules)\n"
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=TREE)
     tokens, torch_loaded = finished.stdout.split()
@@ -154,6 +152,6 @@ def test_looking_at_a_prompt_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-def test_a_prompt_that_a_form_of_another_site_could_post_is_not_read(open_api: Api, kind: str) -> None:
+def test_a_preview_with_the_media_type_of_a_form_is_refused(open_api: Api, kind: str) -> None:
     answer = open_api.post("/api/format-prompt", content='{"prompt": "a fox"}', headers={"content-type": kind})
     problem(answer, 415, "unsupported_media_type")

@@ -1,1 +1,1 @@
-"""The doorbell, and a cable to pull."""
+"""Tests of the broker, with a proxy that interrupts connections."""

@@ -1,1 +1,1 @@
-"""The durable record of jobs, on SQLite and on PostgreSQL."""
+"""The job record, on SQLite and PostgreSQL."""

@@ -1,4 +1,4 @@
-"""Workers take the best job each, exactly once, and hold it as long as their heart beats."""
+"""Each job is claimed by exactly one worker, which holds it while its heartbeats renew the lease."""
 
 import threading
 import uuid
@@ -10,34 +10,34 @@ import pytest
 from tests.integration.jobs.examples import (
     LEASE_S,
     RETRY_DELAY_S,
-    SLIP,
+    TRANSIENT,
     Clock,
     all_jobs,
     claim,
     complete,
     events,
     fail,
-    look,
+    fetch,
     rescue,
     row,
     submit,
 )
-from zcore.jobs import lifecycle
+from zcore.jobs import claims, lifecycle
+from zcore.jobs.claims import Lease, LeaseRenewal
 from zcore.jobs.database import Database
-from zcore.jobs.lifecycle import Beat, Lease
 from zcore.jobs.states import State
 
 
-def test_an_empty_queue_gives_nothing(database: Database) -> None:
+def test_claiming_from_an_empty_queue_returns_none(database: Database) -> None:
     with database.write() as transaction:
-        assert lifecycle.claim(transaction, "worker-1", LEASE_S) is None
+        assert claims.claim(transaction, "worker-1", LEASE_S) is None
 
 
 def test_a_claimed_job_runs_under_a_lease(database: Database, clock: Clock) -> None:
     submitted = submit(database, max_attempts=3)
     clock.advance(5)
     lease = claim(database, "worker-7")
-    job = look(database, submitted.id)
+    job = fetch(database, submitted.id)
     assert (job.status, job.worker, job.lease_token) == (State.RUNNING, "worker-7", lease.token)
     assert (job.attempt, job.attempts_left) == (1, 2)
     assert job.started_at == clock.now
@@ -45,22 +45,22 @@ def test_a_claimed_job_runs_under_a_lease(database: Database, clock: Clock) -> N
     assert events(database, job.id) == ["queued", "claimed"]
 
 
-def test_higher_priority_comes_first_and_then_the_oldest(database: Database) -> None:
+def test_higher_priority_is_claimed_first_and_then_the_oldest(database: Database) -> None:
     priorities = [0, -10, 3, 0, 10, 3]
     jobs = [submit(database, priority=priority) for priority in priorities]
     order = [claim(database).job_id for _ in jobs]
     assert order == [jobs[index].id for index in (4, 2, 5, 0, 3, 1)]
 
 
-def test_a_postponed_job_lets_others_pass_until_its_time_has_come(database: Database, clock: Clock) -> None:
-    slipped, other = submit(database, priority=9), submit(database)
-    fail(database, claim(database), SLIP)
+def test_a_job_that_waits_for_its_retry_does_not_block_others(database: Database, clock: Clock) -> None:
+    failed, other = submit(database, priority=9), submit(database)
+    fail(database, claim(database), TRANSIENT)
     assert claim(database).job_id == other.id
     clock.advance(RETRY_DELAY_S - 0.001)
     with database.write() as transaction:
-        assert lifecycle.claim(transaction, "worker-1", LEASE_S) is None
+        assert claims.claim(transaction, "worker-1", LEASE_S) is None
     clock.advance(0.001)
-    assert claim(database).job_id == slipped.id
+    assert claim(database).job_id == failed.id
 
 
 @pytest.mark.timeout(120)
@@ -73,7 +73,7 @@ def test_twenty_threads_claim_fifty_jobs_each_exactly_once(database: Database) -
         taken: list[uuid.UUID] = []
         while True:
             with database.write() as transaction:
-                job = lifecycle.claim(transaction, f"worker-{number}", LEASE_S)
+                job = claims.claim(transaction, f"worker-{number}", LEASE_S)
             if job is None:
                 return taken
             taken.append(job.id)
@@ -85,85 +85,87 @@ def test_twenty_threads_claim_fifty_jobs_each_exactly_once(database: Database) -
     assert all(events(database, job_id) == ["queued", "claimed"] for job_id in jobs)
 
 
-def test_a_second_worker_passes_over_a_job_that_is_being_claimed(postgresql: Database) -> None:
+def test_a_second_worker_skips_a_job_that_is_being_claimed(postgresql: Database) -> None:
     best, next_best = submit(postgresql, priority=1), submit(postgresql)
     with ThreadPoolExecutor(1) as pool, postgresql.write() as transaction:
-        first = lifecycle.claim(transaction, "worker-1", LEASE_S)
+        first = claims.claim(transaction, "worker-1", LEASE_S)
         assert first is not None
         assert first.id == best.id
-        # Without waiting for the open transaction.
+        # Does not wait for the open transaction.
         assert pool.submit(claim, postgresql, "worker-2").result(10).job_id == next_best.id
 
 
 def test_a_rolled_back_claim_leaves_the_job_queued(database: Database) -> None:
     job = submit(database)
-    before = row(look(database, job.id))
+    before = row(fetch(database, job.id))
     with pytest.raises(ZeroDivisionError), database.write() as transaction:
-        lifecycle.claim(transaction, "worker-1", LEASE_S)
+        claims.claim(transaction, "worker-1", LEASE_S)
         raise ZeroDivisionError
-    assert row(look(database, job.id)) == before
+    assert row(fetch(database, job.id)) == before
     assert events(database, job.id) == ["queued"]
 
 
-def test_a_heartbeat_renews_the_lease_and_writes_progress(database: Database, clock: Clock) -> None:
+def test_a_heartbeat_renews_the_lease_and_stores_progress(database: Database, clock: Clock) -> None:
     submit(database)
     lease = claim(database)
     clock.advance(LEASE_S - 1)
     with database.write() as transaction:
-        assert lifecycle.heartbeat(transaction, lease, LEASE_S, ("denoising", 3, 8)) == Beat(cancel_requested=False)
-    job = look(database, lease.job_id)
+        assert claims.heartbeat(transaction, lease, LEASE_S, ("denoising", 3, 8)) == LeaseRenewal(
+            cancel_requested=False
+        )
+    job = fetch(database, lease.job_id)
     assert job.lease_until == clock.now + timedelta(seconds=LEASE_S)
     assert (job.progress_phase, job.progress_step, job.progress_steps) == ("denoising", 3, 8)
     clock.advance(LEASE_S)
     assert rescue(database) == []
     with database.write() as transaction:
-        lifecycle.heartbeat(transaction, lease, LEASE_S)
-    assert look(database, lease.job_id).progress_step == 3
+        claims.heartbeat(transaction, lease, LEASE_S)
+    assert fetch(database, lease.job_id).progress_step == 3
 
 
-def test_a_heartbeat_brings_the_wish_to_cancel(database: Database) -> None:
+def test_a_heartbeat_reports_the_cancellation_request(database: Database) -> None:
     submit(database)
     lease = claim(database)
     with database.write() as transaction:
         lifecycle.cancel(transaction, lease.job_id)
     with database.write() as transaction:
-        assert lifecycle.heartbeat(transaction, lease, LEASE_S) == Beat(cancel_requested=True)
+        assert claims.heartbeat(transaction, lease, LEASE_S) == LeaseRenewal(cancel_requested=True)
 
 
-def test_a_late_heartbeat_before_the_rescue_keeps_the_job(database: Database, clock: Clock) -> None:
+def test_a_late_heartbeat_before_the_rescue_renews_the_lease(database: Database, clock: Clock) -> None:
     submit(database)
     lease = claim(database)
     clock.advance(LEASE_S * 3)
     with database.write() as transaction:
-        assert lifecycle.heartbeat(transaction, lease, LEASE_S) is not None
+        assert claims.heartbeat(transaction, lease, LEASE_S) is not None
     assert rescue(database) == []
     assert complete(database, lease) is not None
 
 
 @pytest.mark.parametrize("taken_over", [False, True], ids=["back in the queue", "taken over"])
-def test_a_lost_lease_writes_nothing(database: Database, clock: Clock, taken_over: bool) -> None:
-    job = submit(database, webhook_url="https://caller.example/told")
+def test_a_lost_lease_cannot_write(database: Database, clock: Clock, taken_over: bool) -> None:
+    job = submit(database, webhook_url="https://caller.example/hook")
     lost = claim(database, "worker-1")
     clock.advance(LEASE_S + 1)
     assert [rescued.id for rescued in rescue(database)] == [job.id]
     if taken_over:
         claim(database, "worker-2")
-    before, events_before = row(look(database, job.id)), events(database, job.id)
+    before, events_before = row(fetch(database, job.id)), events(database, job.id)
     with database.write() as transaction:
-        assert lifecycle.heartbeat(transaction, lost, LEASE_S, ("denoising", 7, 8)) is None
+        assert claims.heartbeat(transaction, lost, LEASE_S, ("denoising", 7, 8)) is None
     assert complete(database, lost) is None
     assert fail(database, lost) is None
     with database.write() as transaction:
-        assert lifecycle.hand_back(transaction, lost) is None
+        assert lifecycle.release(transaction, lost) is None
         assert lifecycle.acknowledge_cancel(transaction, lost) is None
-    assert row(look(database, job.id)) == before
+    assert row(fetch(database, job.id)) == before
     assert events(database, job.id) == events_before
-    assert look(database, job.id).outputs == []
+    assert fetch(database, job.id).outputs == []
 
 
-def test_a_token_opens_only_its_own_job(database: Database) -> None:
+def test_a_token_is_valid_only_for_its_own_job(database: Database) -> None:
     first, second = submit(database), submit(database)
     token = claim(database).token
     claim(database)
     assert complete(database, Lease(second.id, token)) is None
-    assert look(database, first.id).status == look(database, second.id).status == State.RUNNING
+    assert fetch(database, first.id).status == fetch(database, second.id).status == State.RUNNING

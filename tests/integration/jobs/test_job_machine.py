@@ -1,15 +1,14 @@
-"""The whole life of jobs under several workers that crash, come back late, and are told things twice.
+"""Random histories of jobs under several workers that crash, return late and are notified twice.
 
-Hypothesis writes the story; beside the database stands a model of each job in plain Python, and after every step the
-rows have to equal it. What the model does not know by construction is asked of the record itself: that its events are
-a way TRANSITIONS allow, that no two leases are ever good for one job, that nobody is told twice.
+Hypothesis generates the histories. After every step, the rows must equal a model of each job in plain Python. What the
+model does not guarantee is checked on the record: its events are allowed by TRANSITIONS, no two leases are ever valid
+for one job, and no caller is notified twice.
 """
 
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -24,34 +23,36 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import Row, delete, select
+from sqlalchemy import select
 
 from tests.integration.jobs.examples import (
-    DEFECT,
     HOOK,
     LEASE_S,
+    PERMANENT,
     RETENTION_S,
     RETRY_DELAY_S,
-    SLIP,
+    TRANSIENT,
     Clock,
     cancel,
     claim,
     complete,
+    complete_encoding,
+    empty,
     fail,
-    pass_on,
     reencode,
     rescue,
     submit,
 )
 from zcore.errors import Conflict
-from zcore.jobs import lifecycle, queries
+from zcore.jobs import claims, leftovers, lifecycle, queries, recovery
+from zcore.jobs.claims import Lease
 from zcore.jobs.database import Database
-from zcore.jobs.lifecycle import Lease
+from zcore.jobs.guarded_update import LEFTOVER_DELAY
 from zcore.jobs.models import Event, Job, Output, WebhookEvent
 from zcore.jobs.states import TERMINAL, TRANSITIONS, State
 from zcore.stages import Stage
 
-SILENT_S = 10.0
+OVERDUE_S = 10.0
 ATTEMPTS = st.integers(1, 3)
 WORKERS = st.sampled_from(["worker-1", "worker-2", "worker-3"])
 STAGES = st.sampled_from(list(Stage))
@@ -60,39 +61,47 @@ SERVED = st.sampled_from([(Stage.ENCODE,), (Stage.GENERATE,), tuple(Stage)])
 
 @dataclass
 class Expected:
-    """What a job has to look like."""
+    """Expected state of a job."""
 
     id: uuid.UUID
     priority: int
     hook: bool
     attempts_left: int
     available_at: datetime
-    announced_at: datetime | None
+    notified_at: datetime | None
     stage: Stage = Stage.GENERATE
     embedding_attempt: int | None = None
-    stored: set[int] = field(default_factory=set)  # the attempts whose embeddings lie in storage
+    stored: set[int] = field(default_factory=set)  # the attempts whose embeddings are in storage
     status: State = State.QUEUED
+    scheduled: bool = False  # its delay was not over when a claim or maintenance last looked
+    isolated: bool = False
+    poison: bool = False
+    left_over: bool = False  # recorded as having left objects
     attempt: int = 0
     lease: Lease | None = None
     lease_until: datetime | None = None
-    wish: bool = False
+    cancel_requested: bool = False
     expires_at: datetime | None = None
-    pictures: int = 0
+    images: int = 0
     events: list[str] = field(default_factory=lambda: ["queued"])
-    told: list[str] = field(default_factory=list)
+    webhooks: list[str] = field(default_factory=list)
 
     def become(self, status: State, event: str) -> None:
-        """A step to another state."""
+        """Change to another state."""
         self.status = status
         self.events.append(event)
         if status is not State.RUNNING:
             self.lease = self.lease_until = None
+        if status in (State.SUCCEEDED, State.FAILED, State.CANCELED):
+            self.isolated = self.scheduled = False
+            lost_attempts = self.attempt - (1 if status is State.SUCCEEDED else 0)
+            self.left_over = lost_attempts > 0 or self.embedding_attempt is not None
         if self.hook and status in (State.SUCCEEDED, State.FAILED, State.CANCELED):
-            self.told.append(f"job.{status}")
+            self.webhooks.append(f"job.{status}")
 
 
 class JobMachine(RuleBasedStateMachine):
-    """Callers, workers living and dead, and the clock work, all at one record."""
+    """Callers, workers (alive and lost) and maintenance that use one database."""
 
     jobs: Bundle[uuid.UUID] = Bundle("jobs")
     leases: Bundle[Lease] = Bundle("leases")
@@ -102,15 +111,14 @@ class JobMachine(RuleBasedStateMachine):
         self.database, self.clock = database, clock
         self.expected: dict[uuid.UUID, Expected] = {}
         self.given: list[Lease] = []
-        self.encoders: dict[Lease, int] = {}  # the leases of those who only encode, with their attempt
+        self.encoders: dict[Lease, int] = {}  # the leases of workers that only encode, with their attempts
 
     @initialize(target=jobs, max_attempts=ATTEMPTS)
     def begin(self, max_attempts: int) -> MultipleResults[uuid.UUID]:
-        with self.database.write() as transaction:
-            transaction.session.execute(delete(Job))
+        empty(self.database)
         return multiple(*[self.submit_one(0, stage is Stage.ENCODE, max_attempts, stage) for stage in Stage])
 
-    # What callers do
+    # Callers
 
     @rule(
         target=jobs,
@@ -127,14 +135,14 @@ class JobMachine(RuleBasedStateMachine):
         job = self.expected[job_id]
         if job.status is State.QUEUED:
             job.become(State.CANCELED, "canceled")
-        elif job.status is State.RUNNING and not job.wish:
-            job.wish = True
+        elif job.status is State.RUNNING and not job.cancel_requested:
+            job.cancel_requested = True
             job.events.append("cancel_requested")
         assert cancel(self.database, job_id).status == job.status
 
     @rule(lease=leases, max_attempts=ATTEMPTS, stage=STAGES)
-    def change_mind(self, lease: Lease, max_attempts: int, stage: Stage) -> None:
-        """Somebody retries what ended badly, and cancels everything else."""
+    def retry_or_cancel(self, lease: Lease, max_attempts: int, stage: Stage) -> None:
+        """Retry the job if it failed or was canceled, otherwise cancel it."""
         if self.expected[lease.job_id].status in (State.FAILED, State.CANCELED):
             self.retry(lease.job_id, max_attempts, stage)
         else:
@@ -149,23 +157,30 @@ class JobMachine(RuleBasedStateMachine):
             return
         with self.database.write() as transaction:
             lifecycle.retry(transaction, job_id, max_attempts, stage)
+        job.isolated = job.poison
         job.become(State.QUEUED, "retried")
+        if not job.left_over:
+            job.embedding_attempt = None
         if job.embedding_attempt is None:
             job.stage = stage
-        job.attempts_left, job.wish = max_attempts, False
-        job.available_at = job.announced_at = self.clock.now
+        job.left_over = job.poison = False
+        job.attempts_left, job.cancel_requested = max_attempts, False
+        job.available_at = job.notified_at = self.clock.now
 
-    # What workers do, the dead ones too: a lease stays in hand however long it has been lost
+    # Workers, including lost ones: a worker may use a lease at any time after it was lost
 
-    @rule(target=leases, worker=WORKERS, doorbells=st.integers(1, 3), stages=SERVED)
-    def wake(self, worker: str, doorbells: int, stages: tuple[Stage, ...]) -> MultipleResults[Lease]:
-        """A doorbell, perhaps rung more than once: each wakes a worker that takes what is best, or leaves."""
+    @rule(target=leases, worker=WORKERS, notifications=st.integers(1, 3), stages=SERVED)
+    def notify(self, worker: str, notifications: int, stages: tuple[Stage, ...]) -> MultipleResults[Lease]:
+        """Notify workers, possibly more than once: each claims the best job, or finds none."""
         taken = []
-        for _ in range(doorbells):
+        for _ in range(notifications):
             best = self.best(stages)
             if best is None:
+                self.promote()
+                best = self.best(stages)
+            if best is None:
                 with self.database.write() as transaction:
-                    assert lifecycle.claim(transaction, worker, LEASE_S, stages) is None
+                    assert claims.claim(transaction, worker, LEASE_S, stages) is None
                 continue
             lease = claim(self.database, worker, stages)
             assert lease.job_id == best.id
@@ -181,48 +196,48 @@ class JobMachine(RuleBasedStateMachine):
 
     @rule(target=leases, worker=WORKERS, dies=st.sampled_from(["never", "before", "after"]))
     def encode(self, worker: str, dies: str) -> MultipleResults[Lease]:
-        """A worker without a GPU that gets through one job, unless it dies before or after its object is stored."""
-        taken = self.wake(worker, 1, (Stage.ENCODE,))
+        """Encode one job's prompt, unless the worker dies before or after it stores the embedding."""
+        taken = self.notify(worker, 1, (Stage.ENCODE,))
         for lease in taken.values:
             if dies != "before":
                 self.store_embedding(lease)
             if dies == "never":
-                self.pass_on(lease)
+                self.complete_encoding(lease)
         return taken
 
     @rule(
         target=leases,
         worker=WORKERS,
-        ending=st.sampled_from(["complete", "slip", "defect", "hand_back", "wish", "no embedding"]),
+        ending=st.sampled_from(["complete", "transient", "permanent", "release", "cancel", "reencode"]),
         stages=st.sampled_from([(Stage.GENERATE,), tuple(Stage)]),
     )
     def work(self, worker: str, ending: str, stages: tuple[Stage, ...]) -> MultipleResults[Lease]:
-        """A worker that gets through one job, or as far as it gets."""
-        taken = self.wake(worker, 1, stages)
+        """Claim one job and end the attempt."""
+        taken = self.notify(worker, 1, stages)
         for lease in taken.values:
-            self.beat(lease)
+            self.renewal(lease)
             match ending:
                 case "complete":
                     self.complete(lease)
-                case "slip" | "defect":
-                    self.fail(lease, retryable=ending == "slip")
-                case "hand_back":
-                    self.hand_back(lease)
-                case "no embedding":
+                case "transient" | "permanent":
+                    self.fail(lease, retryable=ending == "transient")
+                case "release":
+                    self.release(lease)
+                case "reencode":
                     self.reencode(lease)
                 case _:
                     self.cancel(lease.job_id)
-                    self.see_the_wish(lease)
+                    self.acknowledge_cancel(lease)
         return taken
 
     @rule(lease=leases)
-    def beat(self, lease: Lease) -> None:
+    def renewal(self, lease: Lease) -> None:
         with self.database.write() as transaction:
-            beat = lifecycle.heartbeat(transaction, lease, LEASE_S, ("denoising", 1, 8))
+            renewal = claims.heartbeat(transaction, lease, LEASE_S, ("denoising", 1, 8))
         job = self.holder(lease)
-        assert (beat is None) == (job is None)
-        if beat is not None and job is not None:
-            assert beat.cancel_requested == job.wish
+        assert (renewal is None) == (job is None)
+        if renewal is not None and job is not None:
+            assert renewal.cancel_requested == job.cancel_requested
             job.lease_until = self.clock.now + timedelta(seconds=LEASE_S)
 
     @rule(lease=leases)
@@ -231,59 +246,60 @@ class JobMachine(RuleBasedStateMachine):
         assert (complete(self.database, lease) is None) == (job is None)
         if job is not None:
             job.become(State.SUCCEEDED, "succeeded")
-            job.expires_at, job.pictures = self.clock.now + timedelta(seconds=RETENTION_S), 1
+            job.expires_at, job.images = self.clock.now + timedelta(seconds=RETENTION_S), 1
 
     @rule(lease=leases, retryable=st.booleans())
     def fail(self, lease: Lease, retryable: bool) -> None:
         job = self.holder(lease)
-        assert (fail(self.database, lease, SLIP if retryable else DEFECT) is None) == (job is None)
+        assert (fail(self.database, lease, TRANSIENT if retryable else PERMANENT) is None) == (job is None)
         if job is None:
             return
-        if job.wish:
+        if job.cancel_requested:
             job.become(State.CANCELED, "canceled")
         elif retryable and job.attempts_left > 0:
-            job.become(State.QUEUED, "postponed")
-            delay_s = RETRY_DELAY_S * 2 ** min(job.attempt - 1, lifecycle.RETRY_DOUBLINGS_AT_MOST)
-            job.available_at, job.announced_at = self.clock.now + timedelta(seconds=delay_s), None
+            job.become(State.QUEUED, "retry_scheduled")
+            delay_s = RETRY_DELAY_S * 2 ** min(job.attempt - 1, lifecycle.MAX_RETRY_DOUBLINGS)
+            job.available_at, job.notified_at = self.clock.now + timedelta(seconds=delay_s), None
+            job.scheduled = True
         else:
             job.become(State.FAILED, "failed")
 
     @rule(lease=leases)
-    def hand_back(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> None:
         job = self.holder(lease)
         with self.database.write() as transaction:
-            assert (lifecycle.hand_back(transaction, lease) is None) == (job is None)
+            assert (lifecycle.release(transaction, lease) is None) == (job is None)
         if job is None:
             return
-        if job.wish:
+        if job.cancel_requested:
             job.become(State.CANCELED, "canceled")
         else:
-            job.become(State.QUEUED, "handed_back")
-            job.attempts_left, job.announced_at = job.attempts_left + 1, None
+            job.become(State.QUEUED, "released")
+            job.attempts_left, job.notified_at = job.attempts_left + 1, None
 
     @rule(lease=leases)
     def store_embedding(self, lease: Lease) -> None:
-        """An encoder's object is in storage; one that finds its lease lost then takes its own away again."""
+        """Store the embedding of an encoder, which deletes it again if it finds its lease lost."""
         attempt = self.encoders.get(lease)
         if attempt is not None:
             self.expected[lease.job_id].stored |= {attempt} if self.holder(lease) else set()
 
     @rule(lease=leases)
-    def pass_on(self, lease: Lease) -> None:
-        """Of an encoder's lease, as no other worker has anything to pass on."""
+    def complete_encoding(self, lease: Lease) -> None:
+        """Complete the encoding, if the lease belongs to a worker that encodes."""
         if lease not in self.encoders:
             return
         self.store_embedding(lease)
         job = self.holder(lease)
-        assert (pass_on(self.database, lease) is None) == (job is None)
+        assert (complete_encoding(self.database, lease) is None) == (job is None)
         if job is None:
             return
-        if job.wish:
+        if job.cancel_requested:
             job.become(State.CANCELED, "canceled")
         else:
             job.become(State.QUEUED, "encoded")
             job.stage, job.attempts_left = Stage.GENERATE, job.attempts_left + 1
-            job.available_at = job.announced_at = self.clock.now
+            job.available_at = job.notified_at = self.clock.now
 
     @rule(lease=leases)
     def reencode(self, lease: Lease) -> None:
@@ -291,48 +307,51 @@ class JobMachine(RuleBasedStateMachine):
         assert (reencode(self.database, lease) is None) == (job is None)
         if job is None:
             return
-        if job.wish:
+        if job.cancel_requested:
             job.become(State.CANCELED, "canceled")
         elif job.embedding_attempt is None or job.attempts_left > 0:
-            job.become(State.QUEUED, "sent_to_encode")
+            job.become(State.QUEUED, "returned_to_encode")
             job.attempts_left += 1 if job.embedding_attempt is None else 0
-            job.stage, job.announced_at = Stage.ENCODE, self.clock.now
+            job.stage, job.notified_at = Stage.ENCODE, self.clock.now
         else:
             job.become(State.FAILED, "failed")
 
     @rule(lease=leases)
-    def see_the_wish(self, lease: Lease) -> None:
+    def acknowledge_cancel(self, lease: Lease) -> None:
         job = self.holder(lease)
-        canceled = job is not None and job.wish
+        canceled = job is not None and job.cancel_requested
         with self.database.write() as transaction:
             assert (lifecycle.acknowledge_cancel(transaction, lease) is not None) == canceled
         if job is not None and canceled:
             job.become(State.CANCELED, "canceled")
 
-    # What the clock does
+    # Maintenance
 
     @rule(lease=leases)
     def stall(self, lease: Lease) -> None:
-        """A worker hangs, or is gone, for as long as it takes to be noticed. It may come back with its old lease."""
+        """A worker hangs or is lost until its lease expires. It may come back with its old lease."""
         self.clock.advance(LEASE_S + 1)
         self.rescue()
 
-    @rule(seconds=st.sampled_from([0.5, 3.0, LEASE_S - 1, LEASE_S + 1, RETENTION_S]), upkeep=st.booleans())
-    def wait(self, seconds: float, upkeep: bool) -> None:
+    @rule(seconds=st.sampled_from([0.5, 3.0, LEASE_S - 1, LEASE_S + 1, RETENTION_S]), maintenance=st.booleans())
+    def wait(self, seconds: float, maintenance: bool) -> None:
         self.clock.advance(seconds)
-        if upkeep:
+        if maintenance:
             self.rescue()
-            self.announce()
+            self.notify_again()
             self.expire()
-            self.clear_embeddings()
+            with self.database.write() as transaction:
+                claims.advance_marks(transaction)
+                claims.repair_marks(transaction)
+            self.delete_leftovers()
 
-    # What always holds
+    # Invariants
 
     @invariant()
-    def the_record_equals_the_model(self) -> None:
+    def the_rows_equal_the_model(self) -> None:
         with self.database.read() as transaction:
-            rows = {row.id: row for row in transaction.session.execute(select(*Job.__table__.columns))}
-            pictures = transaction.session.scalars(select(Output.job_id)).all()
+            rows = {job.id: job for job in transaction.session.scalars(select(Job))}
+            images = transaction.session.scalars(select(Output.job_id)).all()
             events = transaction.session.execute(select(Event.job_id, Event.type).order_by(Event.id)).all()
             webhooks = transaction.session.execute(
                 select(WebhookEvent.job_id, WebhookEvent.type).order_by(WebhookEvent.id)
@@ -340,23 +359,24 @@ class JobMachine(RuleBasedStateMachine):
         assert rows.keys() == self.expected.keys()
         for job_id, job in self.expected.items():
             compare(rows[job_id], job)
-            assert pictures.count(job_id) == job.pictures
-            story = [event.type for event in events if event.job_id == job_id]
-            assert story == job.events
-            assert allowed_ends(story) == {job.status}
-            assert story.count("succeeded") <= 1
-            assert [webhook.type for webhook in webhooks if webhook.job_id == job_id] == job.told
-            # No object without a row that knows of it, so that none stays when the job has ended.
-            assert not job.stored or job.embedding_attempt is not None
+            assert images.count(job_id) == job.images
+            history = [event.type for event in events if event.job_id == job_id]
+            history.insert(0, "queued")  # the submission itself has no row
+            assert history == job.events
+            assert possible_states(history) == {job.status}
+            assert history.count("succeeded") <= 1
+            assert [webhook.type for webhook in webhooks if webhook.job_id == job_id] == job.webhooks
+            # Every object in storage is recorded in a row, so that none is left when the job has ended.
+            assert not job.stored or job.left_over or job.status not in TERMINAL
             assert all(attempt <= job.attempt for attempt in job.stored)
 
     def teardown(self) -> None:
-        """Of all the leases ever given, no two are good for one job; asked of the database without changing it."""
+        """Check that no two leases are valid for one job, by heartbeats that are rolled back."""
         with self.database.write() as transaction:
-            good = [one for one in self.given if lifecycle.heartbeat(transaction, one, LEASE_S) is not None]
+            valid = [one for one in self.given if claims.heartbeat(transaction, one, LEASE_S) is not None]
             transaction.session.rollback()
-        assert len({lease.job_id for lease in good}) == len(good)
-        assert {lease.token for lease in good} == {job.lease.token for job in self.expected.values() if job.lease}
+        assert len({lease.job_id for lease in valid}) == len(valid)
+        assert {lease.token for lease in valid} == {job.lease.token for job in self.expected.values() if job.lease}
 
     def submit_one(self, priority: int, hook: bool, max_attempts: int, stage: Stage) -> uuid.UUID:
         url = HOOK if hook else None
@@ -369,82 +389,99 @@ class JobMachine(RuleBasedStateMachine):
         lost = [job for job in self.expected.values() if job.lease_until and job.lease_until < self.clock.now]
         assert {job.id for job in rescue(self.database)} == {job.id for job in lost}
         for job in lost:
-            if job.wish:
+            if job.cancel_requested:
                 job.become(State.CANCELED, "canceled")
-            elif job.attempts_left > 0:
+            elif not job.isolated or job.attempts_left > 0:
                 job.become(State.QUEUED, "rescued")
-                job.announced_at = None
+                job.attempts_left += 0 if job.isolated else 1
+                job.isolated, job.notified_at = True, None
             else:
                 job.become(State.FAILED, "failed")
+                job.poison = True
 
-    def announce(self) -> None:
+    def promote(self) -> None:
+        """Make the scheduled jobs ready that are due."""
+        for job in self.expected.values():
+            job.scheduled = job.scheduled and job.available_at > self.clock.now
+
+    def notify_again(self) -> None:
+        self.promote()
         for stage in Stage:
-            silent = [
+            overdue = [
                 job
                 for job in self.due([stage])
-                if job.announced_at is None or job.announced_at < self.clock.now - timedelta(seconds=SILENT_S)
+                if job.notified_at is None or job.notified_at < self.clock.now - timedelta(seconds=OVERDUE_S)
             ]
             with self.database.write() as transaction:
-                assert lifecycle.mark_announced(transaction, stage, SILENT_S, 100) == len(silent)
-            for job in silent:
-                job.announced_at = self.clock.now
+                assert recovery.mark_notified(transaction, stage, OVERDUE_S, 100) == len(overdue)
+            for job in overdue:
+                job.notified_at = self.clock.now
 
     def expire(self) -> None:
         over = [job for job in self.expected.values() if job.status is State.SUCCEEDED and self.is_over(job)]
         with self.database.write() as transaction:
             due = [job.id for job in queries.past_retention(transaction, 100)]
             assert set(due) == {job.id for job in over}
-            assert all(lifecycle.expire(transaction, job_id) is not None for job_id in due)
+            assert all(recovery.expire(transaction, job_id) is not None for job_id in due)
         for job in over:
             job.become(State.EXPIRED, "expired")
 
-    def clear_embeddings(self) -> None:
-        """Every ended job's are gone afterwards; those of jobs that go on are not touched."""
-        over = [job for job in self.expected.values() if job.status in TERMINAL and job.embedding_attempt is not None]
+    def delete_leftovers(self) -> None:
+        """Delete the leftovers of every ended job, and no others."""
+        self.clock.advance(LEFTOVER_DELAY.total_seconds())
+        over = [job for job in self.expected.values() if job.left_over]
         with self.database.write() as transaction:
-            ended = queries.ended_with_embedding(transaction, 100)
-            assert {job.id for job in ended} == {job.id for job in over}
-            assert all(lifecycle.forget_embeddings(transaction, job.id, job.attempt) for job in ended)
+            due = leftovers.due(transaction, 100)
+            assert {one.job_id for one in due} == {job.id for job in over}
+            assert all(leftovers.forget(transaction, one) for one in due)
         for job in over:
-            job.embedding_attempt = None
+            job.left_over = False
             job.stored -= set(range(1, job.attempt + 1))
 
     def is_over(self, job: Expected) -> bool:
         return job.expires_at is not None and job.expires_at <= self.clock.now
 
     def due(self, stages: Sequence[Stage]) -> list[Expected]:
-        """Queued jobs at these stages whose time has come."""
+        """Return the ready jobs at these stages."""
         queued = [job for job in self.expected.values() if job.status is State.QUEUED and job.stage in stages]
-        return [job for job in queued if job.available_at <= self.clock.now]
+        return [job for job in queued if not job.scheduled]
 
     def best(self, stages: Sequence[Stage]) -> Expected | None:
-        """The job that a worker of these stages has to get."""
-        return min(self.due(stages), key=lambda job: (-job.priority, job.id), default=None)
+        """Return the job that a worker of these stages must claim."""
+        order = {Stage.GENERATE: 0, Stage.ENCODE: 1}
+        return min(self.due(stages), key=lambda job: (-job.priority, order[job.stage], job.id), default=None)
 
     def holder(self, lease: Lease) -> Expected | None:
-        """The job whose lease this still is."""
+        """Return the job for which the lease is still valid."""
         job = self.expected[lease.job_id]
         return job if job.lease == lease else None
 
 
-def compare(row: Row[Any], job: Expected) -> None:
-    """The row is as expected, and as every row in its state has to be."""
-    assert (row.status, row.attempt, row.attempts_left) == (job.status, job.attempt, job.attempts_left)
-    assert row.lease_token == (job.lease.token if job.lease else None)
-    assert row.lease_until == job.lease_until
-    assert (row.cancel_requested_at is not None) == job.wish
-    assert (row.available_at, row.announced_at) == (job.available_at, job.announced_at)
+def compare(row: Job, job: Expected) -> None:
+    """Check that the row is as expected, and that there is a queue entry exactly while the job is active."""
+    assert (row.status, row.attempt, row.stage) == (job.status, job.attempt, job.stage)
+    assert (row.cancel_requested_at is not None) == job.cancel_requested
     assert row.expires_at == job.expires_at
-    assert (row.stage, row.embedding_attempt) == (job.stage, job.embedding_attempt)
-    if row.status == State.QUEUED:
-        assert row.attempts_left > 0
-        assert row.cancel_requested_at is None
+    assert (row.entry is None) == (job.status in TERMINAL)
+    assert (row.stored_status == State.QUEUED) == (row.entry is not None)
+    if row.entry is None:
+        return
+    entry = row.entry
+    assert (entry.owner, entry.priority, entry.position) == (row.owner, row.priority, row.id)
+    assert (entry.attempts_left, entry.isolated, entry.scheduled) == (job.attempts_left, job.isolated, job.scheduled)
+    assert entry.lease_token == (job.lease.token if job.lease else None)
+    assert entry.lease_until == job.lease_until
+    assert (entry.available_at, entry.notified_at) == (job.available_at, job.notified_at)
+    assert entry.embedding_attempt == job.embedding_attempt
+    if entry.status == State.QUEUED:
+        assert entry.attempts_left > 0
+        assert entry.cancel_requested_at is None
 
 
-def allowed_ends(story: Sequence[str]) -> set[State]:
-    """Where TRANSITIONS can lead by these events; nowhere when they are no way."""
-    here = {State.QUEUED} if story[0] == "queued" else set[State]()
-    for event in story[1:]:
+def possible_states(history: Sequence[str]) -> set[State]:
+    """Return the states that TRANSITIONS allow after these events; empty if the events are not allowed."""
+    here = {State.QUEUED} if history[0] == "queued" else set[State]()
+    for event in history[1:]:
         if event == "cancel_requested":
             here &= {State.RUNNING}
         else:
@@ -458,18 +495,18 @@ def play(database: Database, clock: Clock, examples: int, steps: int) -> None:
     )
 
 
-def test_jobs_keep_the_law_whatever_happens_on_sqlite(sqlite: Database, clock: Clock) -> None:
+def test_random_histories_follow_the_transition_table_on_sqlite(sqlite: Database, clock: Clock) -> None:
     play(sqlite, clock, examples=80, steps=30)
 
 
-def test_jobs_keep_the_law_whatever_happens_on_postgresql(postgresql: Database, clock: Clock) -> None:
+def test_random_histories_follow_the_transition_table_on_postgresql(postgresql: Database, clock: Clock) -> None:
     play(postgresql, clock, examples=8, steps=25)
 
 
-def test_a_story_that_the_law_forbids_leads_nowhere() -> None:
-    assert allowed_ends(["queued", "claimed", "succeeded"]) == {State.SUCCEEDED}
-    assert allowed_ends(["queued", "succeeded"]) == set()
-    assert allowed_ends(["queued", "claimed", "succeeded", "retried"]) == set()
-    assert allowed_ends(["queued", "claimed", "encoded", "claimed", "succeeded"]) == {State.SUCCEEDED}
-    assert allowed_ends(["queued", "encoded"]) == set()
-    assert allowed_ends(["claimed"]) == set()
+def test_a_history_outside_the_transition_table_is_detected() -> None:
+    assert possible_states(["queued", "claimed", "succeeded"]) == {State.SUCCEEDED}
+    assert possible_states(["queued", "succeeded"]) == set()
+    assert possible_states(["queued", "claimed", "succeeded", "retried"]) == set()
+    assert possible_states(["queued", "claimed", "encoded", "claimed", "succeeded"]) == {State.SUCCEEDED}
+    assert possible_states(["queued", "encoded"]) == set()
+    assert possible_states(["claimed"]) == set()

@@ -1,1 +1,1 @@
-"""The two kinds of storage."""
+"""Tests of both kinds of storage."""

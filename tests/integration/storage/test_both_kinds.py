@@ -1,73 +1,105 @@
-"""What a bucket and a directory have in common: everything that the product asks of them."""
+"""Behaviour that a directory and every kind of bucket share."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from zcore.errors import NotFound
-from zcore.storage import Storage
+from zcore.storage import DirectoryStorage, Storage
 
 KEY = "jobs/0192/1-0.png"
-PICTURE = bytes(range(256)) * 400
-ODD_KEYS = ["../secret", "jobs/../../secret", "/etc/passwd", "jobs//x", "jobs/./x", "jobs/", ".", ""]
+IMAGE = bytes(range(256)) * 400
+INVALID_KEYS = ["../secret", "jobs/../../secret", "/etc/passwd", "jobs//x", "jobs/./x", "jobs/", ".", ""]
 
 
-def test_what_was_put_is_what_is_got(storage: Storage) -> None:
-    storage.put(KEY, PICTURE, "image/png")
-    assert storage.get(KEY) == PICTURE
+def test_get_returns_the_object_that_was_put(storage: Storage) -> None:
+    storage.put(KEY, IMAGE, "image/png")
+    assert storage.get(KEY) == IMAGE
 
 
-def test_a_put_replaces_what_was_there(storage: Storage) -> None:
-    storage.put(KEY, PICTURE, "image/png")
+def test_a_put_replaces_an_existing_object(storage: Storage) -> None:
+    storage.put(KEY, IMAGE, "image/png")
     storage.put(KEY, b"new", "image/png")
     assert storage.get(KEY) == b"new"
 
 
-def test_an_empty_object_is_an_object(storage: Storage) -> None:
+def test_an_empty_object_is_stored(storage: Storage) -> None:
     storage.put(KEY, b"", "image/png")
     assert storage.get(KEY) == b""
 
 
-def test_getting_what_is_not_there_says_so(storage: Storage) -> None:
+def test_getting_a_missing_object_raises_not_found(storage: Storage) -> None:
     with pytest.raises(NotFound, match=KEY):
         storage.get(KEY)
 
 
-def test_delete_takes_many_and_leaves_the_others(storage: Storage) -> None:
+def test_delete_removes_many_keys_and_no_others(storage: Storage) -> None:
     keys = [f"jobs/a/1-{index}.png" for index in range(3)]
     for key in [*keys, "jobs/a/1-3.png"]:
-        storage.put(key, PICTURE, "image/png")
+        storage.put(key, IMAGE, "image/png")
     storage.delete(keys)
     for key in keys:
         with pytest.raises(NotFound):
             storage.get(key)
-    assert storage.get("jobs/a/1-3.png") == PICTURE
+    assert storage.get("jobs/a/1-3.png") == IMAGE
 
 
-def test_deleting_what_is_not_there_is_no_error(storage: Storage) -> None:
+def test_deleting_missing_objects_is_not_an_error(storage: Storage) -> None:
     storage.delete([KEY, "jobs/other/1-0.png"])
     storage.delete([])
 
 
-@pytest.mark.parametrize("key", ODD_KEYS)
-def test_a_key_that_leaves_its_place_is_refused_by_every_verb(storage: Storage, key: str) -> None:
-    for verb in (
-        lambda: storage.put(key, PICTURE, "image/png"),
+@pytest.mark.parametrize("key", INVALID_KEYS)
+def test_a_key_that_is_not_normalized_is_refused_by_every_method(storage: Storage, key: str) -> None:
+    for method in (
+        lambda: storage.put(key, IMAGE, "image/png"),
         lambda: storage.get(key),
-        lambda: storage.link(key),
+        lambda: storage.link(key, "x.png"),
         lambda: storage.delete([key]),
     ):
-        with pytest.raises(NotFound, match="names no object"):
-            verb()
+        with pytest.raises(NotFound, match="is not a valid object key"):
+            method()
 
 
-def test_a_link_says_when_it_ends(storage: Storage) -> None:
-    before = datetime.now(UTC).replace(microsecond=0)
-    left_s = (storage.link(KEY).expires_at - before).total_seconds()
-    assert 60 <= left_s <= 62
+def test_a_link_has_its_expiry_time(storage: Storage) -> None:
+    before = datetime.now(UTC)
+    remaining_s = (storage.link(KEY, "x.png").expires_at - before).total_seconds()
+    assert 60 <= remaining_s <= 75, "rounded up to a window of a quarter of the time"
 
 
-def test_preparing_twice_is_no_error_and_keeps_what_is_there(storage: Storage) -> None:
-    storage.put(KEY, PICTURE, "image/png")
+def test_preparing_twice_preserves_the_objects(storage: Storage) -> None:
+    storage.put(KEY, IMAGE, "image/png")
     storage.prepare()
-    assert storage.get(KEY) == PICTURE
+    assert storage.get(KEY) == IMAGE
+
+
+@pytest.mark.parametrize("kind", ["directory", "bucket"])
+def test_objects_are_listed_by_prefix_a_page_at_a_time(request: pytest.FixtureRequest, kind: str) -> None:
+    listing: Storage = request.getfixturevalue(kind)
+    keys = [f"jobs/{job}/{attempt}-0.png" for job in ("a", "b", "c") for attempt in (1, 2)]
+    for key in [*keys, "inputs/x", "jobs-of-others/y"]:
+        listing.put(key, IMAGE, "image/png")
+    pages: list[list[str]] = [[]]
+    while pages[-1] or len(pages) == 1:
+        last = pages[-1][-1] if pages[-1] else ""
+        found = listing.list_objects("jobs/", last, 4)
+        assert found is not None
+        assert all(abs((datetime.now(UTC) - one.modified_at).total_seconds()) < 600 for one in found)
+        pages.append([one.key for one in found])
+    assert pages == [[], keys[:4], keys[4:], []]
+    assert listing.list_objects("loras/", "", 4) == []
+
+
+def test_a_bucket_that_may_not_be_listed_says_so(strict: Storage) -> None:
+    assert strict.list_objects("jobs/", "", 4) is None
+
+
+def test_what_an_interrupted_put_left_is_listed_as_a_draft(directory: DirectoryStorage, tmp_path: Path) -> None:
+    directory.put("jobs/a/1-0.png", IMAGE, "image/png")
+    draft = tmp_path / "storage" / "jobs" / "a" / f".1-1.png.{'0a' * 8}"
+    draft.write_bytes(IMAGE[:10])
+    found = {one.key: one.is_draft for one in directory.list_objects("jobs/", "", 10)}
+    assert found == {"jobs/a/1-0.png": False, f"jobs/a/{draft.name}": True}
+    directory.delete([f"jobs/a/{draft.name}"])
+    assert not draft.exists()

@@ -1,1 +1,1 @@
-"""Telling callers, and whom never to tell."""
+"""Webhook delivery, and the addresses that it never reaches."""

@@ -1,4 +1,4 @@
-"""A customer's server for tests, of webhooks and of pictures: it answers as told, and remembers what it was sent."""
+"""A server for tests that receives webhooks or serves images: answers as scripted, and records its requests."""
 
 import socket
 import threading
@@ -12,7 +12,7 @@ import msgspec
 
 
 @dataclass(frozen=True)
-class Told:
+class ReceivedRequest:
     """One request that arrived."""
 
     path: str
@@ -21,16 +21,16 @@ class Told:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The body as JSON."""
-        found: dict[str, Any] = msgspec.json.decode(self.body)
-        return found
+        """The body, decoded from JSON."""
+        decoded: dict[str, Any] = msgspec.json.decode(self.body)
+        return decoded
 
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 def status(code: int, body: bytes = b"", **headers: str) -> Answer:
-    """Answers with this."""
+    """Return an answer with this status, body and headers."""
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(code)
@@ -45,23 +45,23 @@ def status(code: int, body: bytes = b"", **headers: str) -> Answer:
 
 @dataclass
 class Receiver:
-    """Answers in order, the last one for ever."""
+    """Gives the answers in order, and repeats the last one."""
 
     url: str
     answers: list[Answer] = field(default_factory=lambda: [status(200)])
-    told: list[Told] = field(default_factory=list)
-    at_once: int = 0
-    most_at_once: int = 0
+    requests: list[ReceivedRequest] = field(default_factory=list)
+    concurrent: int = 0
+    max_concurrent: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def script(self, *answers: Answer) -> None:
-        """What to answer from now on."""
+        """Set the answers to the next requests."""
         self.answers = list(answers)
 
 
 @contextmanager
 def receiving() -> Iterator[Receiver]:
-    """A receiver on a loopback port."""
+    """Run a receiver on a loopback port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -70,17 +70,19 @@ def receiving() -> Iterator[Receiver]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             with receiver.lock:
-                receiver.told.append(Told(self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+                receiver.requests.append(
+                    ReceivedRequest(self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+                )
                 answer = receiver.answers.pop(0) if len(receiver.answers) > 1 else receiver.answers[0]
-                receiver.at_once += 1
-                receiver.most_at_once = max(receiver.most_at_once, receiver.at_once)
+                receiver.concurrent += 1
+                receiver.max_concurrent = max(receiver.max_concurrent, receiver.concurrent)
             try:
                 answer(self)
             except (BrokenPipeError, ConnectionResetError):
                 pass
             finally:
                 with receiver.lock:
-                    receiver.at_once -= 1
+                    receiver.concurrent -= 1
 
         def log_message(self, *_: object) -> None:
             pass

@@ -1,54 +1,57 @@
-"""An ended job's caller is told: signed, again and again by schedule, each try on record."""
+"""Webhooks of ended jobs are signed, delivered, retried by schedule, and every attempt is recorded."""
 
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from tests.api_description import Description, document_of
 from tests.integration.webhooks.conftest import SECRET, Start, attempts_of, ended_job, webhook
 from tests.integration.webhooks.receiver import Receiver, receiving, status
 from tests.waiting import wait_until
-from worker.deliver import _Answer, retry_delay_s
-from zcore.jobs import lifecycle, webhooks
+from worker.webhooks.retry_schedule import retry_delay_s
+from zcore.jobs import claims, lifecycle, webhooks
 from zcore.jobs.database import Database
 from zcore.request import GenerationDefaults, RequestLimits, parse_submission
-from zcore.settings import WebhooksSettings
+from zcore.settings import WebhooksSettings, load_settings
 
 
-def test_what_arrives_is_verified_by_the_standards_own_package(
-    database: Database, receiver: Receiver, start: Start
+def test_the_standardwebhooks_package_verifies_what_is_sent(
+    database: Database, receiver: Receiver, start: Start, tmp_path: Path
 ) -> None:
     job = ended_job(database, receiver.url, metadata={"order": "A-1001"})
     start()
     attempts_of(database, job, 1)
-    (told,) = receiver.told
-    document = Webhook(SECRET).verify(told.body, told.headers)
+    (request,) = receiver.requests
+    document = Webhook(SECRET).verify(request.body, request.headers)
     assert document["type"] == "job.succeeded"
     assert document["data"]["id"] == str(job.id)
     assert document["data"]["metadata"] == {"order": "A-1001"}
     assert document["data"]["outputs"][0]["url"].startswith("https://bucket.example/jobs/")
-    assert document["data"]["urls"]["self"] == f"https://pictures.example/api/jobs/{job.id}"
-    assert told.headers["content-type"] == "application/json"
-    assert told.headers["host"] == receiver.url.split("/")[2]
+    assert document["data"]["urls"]["self"] == f"https://images.example/api/jobs/{job.id}"
+    assert request.headers["content-type"] == "application/json"
+    described = Description(document_of(load_settings({"ZIMAGE_PROFILE": "demo", "ZIMAGE_DATA_DIR": str(tmp_path)})))
+    webhook_body = described.document["webhooks"]["job.succeeded"]["post"]["requestBody"]["content"]
+    assert described.errors(webhook_body["application/json"]["schema"], document) == []
+    assert request.headers["host"] == receiver.url.split("/")[2]
 
 
 def test_a_changed_body_or_another_secret_does_not_verify(database: Database, receiver: Receiver, start: Start) -> None:
     job = ended_job(database, receiver.url)
     start()
     attempts_of(database, job, 1)
-    (told,) = receiver.told
+    (request,) = receiver.requests
     with pytest.raises(WebhookVerificationError):
-        Webhook(SECRET).verify(told.body.replace(b"job.succeeded", b"job.failedxxx"), told.headers)
+        Webhook(SECRET).verify(request.body.replace(b"job.succeeded", b"job.failedxxx"), request.headers)
     with pytest.raises(WebhookVerificationError):
-        Webhook("whsec_" + "b" * 44).verify(told.body, told.headers)
+        Webhook("whsec_" + "b" * 44).verify(request.body, request.headers)
 
 
-def test_a_delivered_event_is_on_record_and_not_sent_again(
-    database: Database, receiver: Receiver, start: Start
-) -> None:
+def test_a_delivered_event_is_recorded_and_not_sent_again(database: Database, receiver: Receiver, start: Start) -> None:
     receiver.script(status(204))
     job = ended_job(database, receiver.url)
     start()
@@ -58,26 +61,26 @@ def test_a_delivered_event_is_on_record_and_not_sent_again(
     assert (event.delivered_at is not None, event.next_attempt_at) == (True, None)
     second = ended_job(database, receiver.url)
     attempts_of(database, second, 1)
-    assert len(receiver.told) == 2, "each once"
+    assert len(receiver.requests) == 2, "each event is sent once"
 
 
-def test_a_refused_event_is_sent_again_by_schedule_under_the_same_id(
+def test_a_refused_event_is_retried_by_schedule_under_the_same_id(
     database: Database, receiver: Receiver, start: Start
 ) -> None:
     receiver.script(status(500, b"first"), status(404, b"second"), status(200, b"third"))
     job = ended_job(database, receiver.url)
     start()
     attempts = attempts_of(database, job, 3)
-    assert [(a.number, a.status_code, a.answer) for a in attempts] == [
+    assert [(a.number, a.status_code, a.response_body) for a in attempts] == [
         (1, 500, "first"), (2, 404, "second"), (3, 200, "third"),
     ]  # fmt: skip
-    assert len({told.headers["webhook-id"] for told in receiver.told}) == 1
-    for told in receiver.told:
-        Webhook(SECRET).verify(told.body, told.headers)
+    assert len({request.headers["webhook-id"] for request in receiver.requests}) == 1
+    for request in receiver.requests:
+        Webhook(SECRET).verify(request.body, request.headers)
     assert webhook(database, job)[0].delivered_at is not None
 
 
-def test_after_the_whole_schedule_an_event_is_dead_and_can_be_sent_again_by_hand(
+def test_an_event_is_given_up_after_the_whole_schedule_and_can_be_resent_manually(
     database: Database, receiver: Receiver, start: Start
 ) -> None:
     receiver.script(status(500))
@@ -100,10 +103,10 @@ def test_a_redirect_is_a_failure_and_not_followed(database: Database, receiver: 
         start()
         attempts = attempts_of(database, job, 2)
         assert [attempt.status_code for attempt in attempts] == [307, 200]
-        assert elsewhere.told == []
+        assert elsewhere.requests == []
 
 
-def test_gone_ends_it(database: Database, receiver: Receiver, start: Start) -> None:
+def test_status_410_ends_the_attempts(database: Database, receiver: Receiver, start: Start) -> None:
     receiver.script(status(410))
     job = ended_job(database, receiver.url)
     start()
@@ -113,7 +116,7 @@ def test_gone_ends_it(database: Database, receiver: Receiver, start: Start) -> N
 
 
 @pytest.mark.parametrize("code", [429, 503])
-def test_a_receiver_may_ask_for_time(database: Database, receiver: Receiver, start: Start, code: int) -> None:
+def test_a_receiver_may_ask_for_a_longer_delay(database: Database, receiver: Receiver, start: Start, code: int) -> None:
     receiver.script(status(code, retry_after="3600"))
     job = ended_job(database, receiver.url)
     start()
@@ -123,29 +126,29 @@ def test_a_receiver_may_ask_for_time(database: Database, receiver: Receiver, sta
     assert event.next_attempt_at - attempt.at == timedelta(hours=1)
 
 
-def test_how_long_until_the_next_try() -> None:
-    def wait_s(attempt: int, code: int | None = 500, retry_after: str | None = None) -> float | None:
-        return retry_delay_s(attempt, _Answer(code, "", retry_after), (10.0, 100.0))
+def test_the_retry_delay_follows_the_schedule_and_the_retry_after_header() -> None:
+    def delay_s(attempt: int, code: int | None = 500, retry_after: str | None = None) -> float | None:
+        return retry_delay_s(attempt, code, retry_after, (10.0, 100.0))
 
     in_an_hour = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
-    assert 9 <= (wait_s(1) or 0) <= 11
-    assert 90 <= (wait_s(2) or 0) <= 110
-    assert wait_s(3) is None
-    assert wait_s(1, 410) is None
-    assert wait_s(1, 503, "50") == 50
-    assert 3500 < (wait_s(1, 429, in_an_hour) or 0) <= 3600
-    assert wait_s(1, 503, "99999999999") == 86_400
+    assert 9 <= (delay_s(1) or 0) <= 11
+    assert 90 <= (delay_s(2) or 0) <= 110
+    assert delay_s(3) is None
+    assert delay_s(1, 410) is None
+    assert delay_s(1, 503, "50") == 50
+    assert 3500 < (delay_s(1, 429, in_an_hour) or 0) <= 3600
+    assert delay_s(1, 503, "99999999999") == 86_400
     for unreadable in ("soon", "²", "-5", "nan", "", "Mon, 99 Nov 99999 00:00:00 GMT"):
-        assert 9 <= (wait_s(1, 503, unreadable) or 0) <= 11, unreadable
-    assert 9 <= (wait_s(1, 500, "50") or 0) <= 11, "only who asks for time is given it"
+        assert 9 <= (delay_s(1, 503, unreadable) or 0) <= 11, unreadable
+    assert 9 <= (delay_s(1, 500, "50") or 0) <= 11, "Retry-After has an effect only with 429 and 503"
 
 
-def test_the_default_schedule_is_the_standards() -> None:
+def test_the_default_schedule_is_that_of_the_standard() -> None:
     assert WebhooksSettings().retry_schedule_s == (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 
 
 def drip(handler: BaseHTTPRequestHandler) -> None:
-    """A byte now and then, for ever: no single wait of it is long."""
+    """Send single bytes slowly, so that no single read takes long."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
     for _ in range(600):
         handler.wfile.write(b"x")
@@ -154,28 +157,28 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
 
 
 def hang(_: BaseHTTPRequestHandler) -> None:
-    """Takes the request and says nothing until nobody listens any longer."""
+    """Accept the request and send nothing until the client has disconnected."""
     time.sleep(2)
 
 
 @pytest.mark.parametrize("answer", [drip, hang])
-def test_a_receiver_that_takes_too_long_is_given_up(
+def test_a_receiver_that_takes_too_long_times_out_and_is_retried(
     database: Database, receiver: Receiver, start: Start, answer: object
 ) -> None:
-    receiver.script(answer, status(200))  # type: ignore[arg-type]
+    receiver.script(answer, status(200))
     job = ended_job(database, receiver.url)
     start(timeout_s=0.5)
-    late, taken = attempts_of(database, job, 2)
-    assert (late.status_code, late.answer) == (None, "no answer within 0.5 s")
-    assert taken.status_code == 200
+    late, accepted = attempts_of(database, job, 2)
+    assert (late.status_code, late.response_body) == (None, "no response within 0.5 s")
+    assert accepted.status_code == 200
 
 
-def test_an_answer_counts_also_when_its_body_never_ends(database: Database, receiver: Receiver, start: Start) -> None:
-    def half(handler: BaseHTTPRequestHandler) -> None:
+def test_a_response_counts_even_if_its_body_never_ends(database: Database, receiver: Receiver, start: Start) -> None:
+    def send_part(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nthanks")
         handler.wfile.flush()
 
-    receiver.script(half)
+    receiver.script(send_part)
     job = ended_job(database, receiver.url)
     start()
     (attempt,) = attempts_of(database, job, 1)
@@ -183,31 +186,31 @@ def test_an_answer_counts_also_when_its_body_never_ends(database: Database, rece
     assert webhook(database, job)[0].delivered_at is not None
 
 
-def test_of_a_long_answer_only_the_beginning_is_kept(database: Database, receiver: Receiver, start: Start) -> None:
+def test_only_the_beginning_of_a_long_response_is_stored(database: Database, receiver: Receiver, start: Start) -> None:
     receiver.script(status(200, b"a\0" * 1_000_000))
     job = ended_job(database, receiver.url)
     start()
     (attempt,) = attempts_of(database, job, 1)
-    assert attempt.answer == "a" * 500
+    assert attempt.response_body == "a" * 500
 
 
-def test_nobody_there_is_on_record_too(database: Database, receiver: Receiver, start: Start) -> None:
+def test_an_unreachable_receiver_is_recorded(database: Database, receiver: Receiver, start: Start) -> None:
     job = ended_job(database, "http://127.0.0.1:9/hook")
     start()
     attempt = attempts_of(database, job, 1)[0]
     assert attempt.status_code is None
-    assert attempt.answer.startswith("ConnectError")
+    assert attempt.response_body.startswith("ConnectError")
 
 
-def test_a_name_with_several_addresses_is_reached_at_the_one_that_answers(
+def test_a_name_with_several_addresses_is_reached_at_the_one_that_accepts_connections(
     database: Database, receiver: Receiver, start: Start
 ) -> None:
-    """`localhost` is often ::1 first, and the server listens on 127.0.0.1 alone."""
+    """`localhost` often resolves to ::1 first, and the server listens only on 127.0.0.1."""
     job = ended_job(database, receiver.url.replace("127.0.0.1", "localhost"))
     start()
     (attempt,) = attempts_of(database, job, 1)
     assert attempt.status_code == 200
-    assert receiver.told[0].headers["host"].startswith("localhost:")
+    assert receiver.requests[0].headers["host"].startswith("localhost:")
 
 
 def test_the_largest_body_stays_below_20_kb(database: Database, receiver: Receiver, start: Start) -> None:
@@ -215,39 +218,40 @@ def test_the_largest_body_stays_below_20_kb(database: Database, receiver: Receiv
     texts = dict.fromkeys(("system_prompt", "thinking_content", "assistant_content", "negative_prompt"), prompt)
     addresses = dict.fromkeys(("image", "mask"), f"https://example.com/{'x' * 2000}")
     rest = {"guidance_scale": 2, "metadata": {"note": "x" * 1000}, **texts, **addresses}
-    job = ended_job(database, receiver.url, pictures=8, prompt=prompt, **rest)
+    job = ended_job(database, receiver.url, images=8, prompt=prompt, **rest)
     start()
     attempts_of(database, job, 1)
-    (told,) = receiver.told
-    assert len(told.body) < 20_000
-    assert len(told.document["data"]["outputs"]) == 8
-    assert told.document["data"]["request"]["prompt"] == prompt[:1000] + "…"
-    assert told.document["data"]["request"]["system_prompt"] == prompt[:100] + "…"
+    (request,) = receiver.requests
+    assert len(request.body) < 20_000
+    outputs = request.document["data"]["outputs"]
+    assert [(output["url"] is None, output["download_url"]) for output in outputs] == [(False, None)] * 8
+    assert request.document["data"]["request"]["prompt"] == prompt[:1000] + "…"
+    assert request.document["data"]["request"]["system_prompt"] == prompt[:100] + "…"
 
 
-def test_a_short_prompt_is_told_whole(database: Database, receiver: Receiver, start: Start) -> None:
+def test_a_short_prompt_is_sent_whole(database: Database, receiver: Receiver, start: Start) -> None:
     job = ended_job(database, receiver.url, prompt="x" * 1000)
     start()
     attempts_of(database, job, 1)
-    assert receiver.told[0].document["data"]["request"]["prompt"] == "x" * 1000
+    assert receiver.requests[0].document["data"]["request"]["prompt"] == "x" * 1000
 
 
-def test_canceled_and_failed_jobs_are_told_too(database: Database, receiver: Receiver, start: Start) -> None:
+def test_canceled_and_failed_jobs_are_reported_too(database: Database, receiver: Receiver, start: Start) -> None:
     body = {"prompt": "x", "webhook_url": receiver.url}
     with database.write() as transaction:
         submission = parse_submission(body, GenerationDefaults(), RequestLimits())
         lifecycle.cancel(transaction, lifecycle.submit(transaction, submission, "anna", "0" * 64, 3).job.id)
         lifecycle.submit(transaction, submission, "anna", "0" * 64, 3)
-        claimed = lifecycle.claim(transaction, "a test", 60)
+        claimed = claims.claim(transaction, "a test", 60)
         assert claimed is not None
         failure = lifecycle.Failure("gpu_out_of_memory", "too large", False)
-        lifecycle.fail(transaction, lifecycle.lease_of(claimed), failure, 1)
+        lifecycle.fail(transaction, claims.lease_of(claimed), failure, 1)
     start()
-    wait_until(lambda: len(receiver.told) == 2)
-    assert {told.document["type"] for told in receiver.told} == {"job.canceled", "job.failed"}
+    wait_until(lambda: len(receiver.requests) == 2)
+    assert {request.document["type"] for request in receiver.requests} == {"job.canceled", "job.failed"}
 
 
-def test_what_a_lost_deliverer_held_is_delivered_by_another(
+def test_an_event_that_a_lost_deliverer_had_claimed_is_delivered_by_another(
     database: Database, receiver: Receiver, start: Start
 ) -> None:
     job = ended_job(database, receiver.url)
@@ -264,13 +268,11 @@ def test_several_deliverers_send_each_event_once(database: Database, receiver: R
         start()
     for job in jobs:
         attempts_of(database, job, 1)
-    assert len(receiver.told) == 30
-    assert {told.document["data"]["id"] for told in receiver.told} == {str(job.id) for job in jobs}
+    assert len(receiver.requests) == 30
+    assert {request.document["data"]["id"] for request in receiver.requests} == {str(job.id) for job in jobs}
 
 
-def test_not_more_are_sent_at_once_than_the_operator_allows(
-    database: Database, receiver: Receiver, start: Start
-) -> None:
+def test_concurrent_posts_are_limited_by_the_setting(database: Database, receiver: Receiver, start: Start) -> None:
     def slowly(handler: BaseHTTPRequestHandler) -> None:
         time.sleep(0.05)
         status(200)(handler)
@@ -280,4 +282,4 @@ def test_not_more_are_sent_at_once_than_the_operator_allows(
     start(concurrency=2)
     for job in jobs:
         attempts_of(database, job, 1)
-    assert receiver.most_at_once <= 2
+    assert receiver.max_concurrent <= 2

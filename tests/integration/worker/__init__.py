@@ -1,1 +1,1 @@
-"""The worker: painting, ending, leaving, and the clock."""
+"""Workers on a real database, with stand-ins for the model; and whole worker processes."""

@@ -1,7 +1,7 @@
-"""A record, a folder of pictures, and a generator with a painter in place of the model."""
+"""A database, a storage folder, and workers with stand-ins for the model, in the test process."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,151 +9,228 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from sqlalchemy import update
 
-from tests.integration.worker.painter import Bell, Painter, Scribe, read_embedding, write_embedding
-from tests.waiting import wait_until
-from worker.encode import Encoder
-from worker.generate import Generator
-from worker.inputs import InputSource
-from worker.loop import Workplace
-from worker.loras import LoraShelf
+from tests.integration.worker.stand_in_pipeline import (
+    Notifications,
+    StandInEncoder,
+    StandInPipeline,
+    read_embedding,
+    write_embedding,
+)
+from worker.context import WorkerContext
+from worker.image_worker import ImageWorker
+from worker.inputs.fetch import InputSource
+from worker.inputs.lora_cache import LoraCache
+from worker.maintenance import tasks
+from worker.maintenance.scheduler import Maintenance
+from worker.patient_storage import PatientStorage
+from worker.prompt_worker import PromptWorker
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
-from zcore.jobs import lifecycle, queries
+from zcore.image_files.writing import Marks
+from zcore.jobs import claims, lifecycle, queries, recovery, workers
 from zcore.jobs.database import Database
-from zcore.jobs.models import Job
+from zcore.jobs.models import Job, Leftover
 from zcore.request import GenerationDefaults, RequestLimits, parse_submission
 from zcore.settings import JobsSettings, WebhooksSettings, WorkerSettings
 from zcore.stages import Stage
 from zcore.storage import DirectoryStorage
+from zcore.storage_keys import PROBE_KEY
+
+DAY_S = 86_400.0
 
 
-class ShakyStorage(DirectoryStorage):
-    """A folder that takes nothing while it is down, and calls `after_put` when it has taken something."""
+class UnreliableStorage(DirectoryStorage):
+    """A storage folder that refuses everything while `is_down`, and the keys that `refuses` selects.
+
+    Calls `after_put` with the key of each stored object.
+    """
 
     is_down = False
+    refuses: Callable[[str], bool] = staticmethod(lambda _key: False)
     after_put: Callable[[str], None] = staticmethod(lambda _key: None)
-    refused = 0
     root: Path
 
-    def put(self, key: str, content: bytes, content_type: str) -> None:
-        if self.is_down:
-            self.refused += 1
-            raise StorageError(f"{key}: the store is down")
-        super().put(key, content, content_type)
-        self.after_put(key)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.refused: list[str] = []
 
-    def pictures(self) -> list[str]:
-        """Every key there is."""
+    def put(self, key: str, content: bytes, content_type: str) -> None:
+        """Store an object. Raises `StorageError` if it is refused."""
+        self._check(key)
+        super().put(key, content, content_type)
+        if key != PROBE_KEY:
+            self.after_put(key)
+
+    def get(self, key: str) -> bytes:
+        """Return an object. Raises `StorageError` if it is refused."""
+        self._check(key)
+        return super().get(key)
+
+    def _check(self, key: str) -> None:
+        if self.is_down or self.refuses(key):
+            self.refused.append(key)
+            raise StorageError(f"{key}: the storage is down")
+
+    def keys(self) -> list[str]:
+        """Return the key of every stored object, sorted."""
         return sorted(str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file())
 
 
 @dataclass
-class Studio:
-    """All that a worker works with, in this process."""
+class Environment:
+    """Everything that a worker works with, in this process."""
 
     database: Database
-    storage: ShakyStorage
-    painter: Painter
-    scribe: Scribe
-    bell: Bell
-    ended: threading.Event
+    storage: UnreliableStorage
+    pipeline: StandInPipeline = field(default_factory=StandInPipeline)
+    prompt_encoder: StandInEncoder = field(default_factory=StandInEncoder)
+    notifications: Notifications = field(default_factory=Notifications)
+    ended: threading.Event = field(default_factory=threading.Event)
     broken: threading.Event = field(default_factory=threading.Event)
-    web: WebhooksSettings = field(default_factory=lambda: WebhooksSettings(allow_private_addresses=True))
+    hung: list[str] = field(default_factory=list)
+    storage_returned: threading.Event = field(default_factory=threading.Event)
+    outbound: WebhooksSettings = field(default_factory=lambda: WebhooksSettings(allow_private_addresses=True))
 
-    def generator(
+    def image_worker(
         self,
         grace_s: float = 60,
         name: str = "worker-1",
-        painter: Painter | None = None,
-        loras: LoraShelf | None = None,
+        pipeline: StandInPipeline | None = None,
+        loras: LoraCache | None = None,
+        marks: Marks | None = None,
         **changed: Any,
-    ) -> tuple[Generator, Shutdown]:
-        """A worker, and its wish to end."""
-        place = self.workplace(name, grace_s, **changed)
-        inputs = InputSource(self.database, self.storage, self.web, RequestLimits().max_input_bytes, loras)
-        made = Generator(painter or self.painter, read_embedding, inputs, place)  # type: ignore[arg-type]
-        return made, place.shutdown
+    ) -> tuple[ImageWorker, Shutdown]:
+        """Return a worker that generates images, and its shutdown flag."""
+        context = self.context(name, grace_s, **changed)
+        inputs = InputSource(self.database, context.storage, self.outbound, RequestLimits(), loras)
+        worker = ImageWorker(pipeline or self.pipeline, read_embedding, inputs, context, marks or Marks())
+        return worker, context.shutdown
 
-    def encoder(
-        self, grace_s: float = 60, name: str = "encoder-1", scribe: Scribe | None = None, **changed: Any
-    ) -> tuple[Encoder, Shutdown]:
-        """A worker that only encodes, and its wish to end."""
-        place = self.workplace(name, grace_s, stages=(Stage.ENCODE,), **changed)
-        return Encoder(scribe or self.scribe, write_embedding, place), place.shutdown
+    def prompt_worker(
+        self, grace_s: float = 60, name: str = "encoder-1", encoder: StandInEncoder | None = None, **changed: Any
+    ) -> tuple[PromptWorker, Shutdown]:
+        """Return a worker that only encodes prompts, and its shutdown flag."""
+        context = self.context(name, grace_s, stages=(Stage.ENCODE,), **changed)
+        return PromptWorker(encoder or self.prompt_encoder, write_embedding, context), context.shutdown
 
-    def workplace(self, name: str, grace_s: float, **changed: Any) -> Workplace:
-        """What either works with."""
-        given = {"lease_s": 30.0, "retry_delay_s": 0.0, "upload_retry_s": 30.0, "progress_interval_s": 0.02, **changed}
-        jobs = JobsSettings(lease_s=given.pop("lease_s"), retry_delay_s=given.pop("retry_delay_s"), retention_s=600)
-        return Workplace(
+    def context(self, name: str, grace_s: float, **changed: Any) -> WorkerContext:
+        """Return the context of a worker."""
+        values = {"lease_s": 30.0, "retry_delay_s": 0.0, "upload_retry_s": 30.0, "progress_interval_s": 0.02, **changed}
+        of_jobs = {name: values.pop(name) for name in set(values) & set(JobsSettings.__struct_fields__)}
+        settings = WorkerSettings(**values)
+        return WorkerContext(
             self.database,
-            self.storage,
-            jobs,
-            WorkerSettings(**given),
-            name,
-            Shutdown(grace_s),
-            self.bell,
-            self.ended.set,
-            self.broken.set,
+            PatientStorage(self.storage, settings.upload_retry_s, self.storage_returned.set),
+            JobsSettings(retention_s=600, **of_jobs),
+            settings,
+            name=name,
+            shutdown=Shutdown(grace_s),
+            notify=self.notifications.notify,
+            on_ended=self.ended.set,
+            on_broken=self.broken.set,
+            on_hung=self._note_hung,
         )
 
-    def work(self, **changed: Any) -> int:
-        """Everything that is due, painted and stored; the number of jobs taken."""
-        generator, _ = self.generator(**changed)
-        taken = generator.drain()
-        generator.finish()
-        return taken
+    def _note_hung(self, reason: str) -> None:
+        self.hung.append(reason)
 
-    def encode(self, **changed: Any) -> int:
-        """Every prompt that is due, encoded and stored; the number of jobs taken."""
-        encoder, _ = self.encoder(**changed)
-        return encoder.drain()
+    def maintenance(self, shutdown: Shutdown) -> Maintenance:
+        """Return the maintenance of this environment."""
+        return Maintenance(
+            self.database, self.storage, self.notifications.notify_again, self.ended.set, 0.02, shutdown, DAY_S
+        )
+
+    def generate_due(self, **changed: Any) -> int:
+        """Generate and store the images of every due job. Return the number of claimed jobs."""
+        worker, _ = self.image_worker(**changed)
+        claimed = worker.drain()
+        worker.finish()
+        return claimed
+
+    def encode_due(self, **changed: Any) -> int:
+        """Encode and store the prompt of every due job. Return the number of claimed jobs."""
+        worker, _ = self.prompt_worker(**changed)
+        return worker.drain()
 
     def submit(self, max_attempts: int = 3, stage: Stage = Stage.GENERATE, **fields: Any) -> UUID:
-        """A queued job."""
+        """Submit a job, and return its id."""
         body = {"prompt": "a fox", "width": 64, "height": 64, "steps": 4, **fields}
         submission = parse_submission(body, GenerationDefaults(), RequestLimits())
         with self.database.write() as transaction:
             return lifecycle.submit(transaction, submission, "anna", "0" * 64, max_attempts, stage=stage).job.id
 
-    def look(self, job_id: UUID) -> Job:
-        """The row as it stands."""
+    def report_present(self, *names: str, stages: Collection[Stage] = tuple(Stage)) -> None:
+        """Report workers as present."""
+        with self.database.write() as transaction:
+            for name in names:
+                workers.report(transaction, name, "a model", "cpu", stages)
+
+    def job(self, job_id: UUID) -> Job:
+        """Return the current row of a job."""
         with self.database.read() as transaction:
             return queries.get(transaction, job_id)
 
     def events(self, job_id: UUID) -> list[str]:
-        """What happened to it."""
+        """Return the types of a job's events, oldest first."""
         with self.database.read() as transaction:
             return [event.type for event in queries.timeline(transaction, job_id).events]
 
     def cancel(self, job_id: UUID) -> None:
-        """The wish to cancel."""
+        """Request cancellation of a job."""
         with self.database.write() as transaction:
             lifecycle.cancel(transaction, job_id)
 
-    def wait_for_a_beat(self, job_id: UUID) -> None:
-        """Until the worker has renewed its lease once more, and so has read what the row says."""
-        before = self.look(job_id).lease_until
-        wait_until(lambda: self.look(job_id).lease_until != before)
-
-    def lose(self, job_id: UUID) -> None:
-        """The lease runs out, as if its worker had been silent for too long; another worker has the job."""
+    def delete_leftovers(self) -> None:
+        """Delete the objects that ended jobs have left, as if the delay after their end were over."""
         with self.database.write() as transaction:
-            job = queries.get(transaction, job_id)
-            job.lease_until = transaction.now.replace(year=2000)
+            transaction.session.execute(update(Leftover).values(due_at=transaction.now))
+        tasks.delete_leftovers(self.database, self.storage, lambda: True)
+
+    def patient_storage(self) -> PatientStorage:
+        """Return the storage as a worker uses it."""
+        return PatientStorage(self.storage, patience_s=30, on_return=self.storage_returned.set)
+
+    def lose_worker(self, job_id: UUID) -> None:
+        """Let a worker claim the job and be lost, and maintenance rescue it."""
+        with self.database.write() as transaction:
+            claimed = claims.claim(transaction, "worker-2", -1)
+            assert claimed is not None
+            assert claimed.id == job_id
+        with self.database.write() as transaction:
+            recovery.rescue(transaction)
+
+    def lose_lease(self, job_id: UUID) -> None:
+        """Let the lease expire, and let another worker claim the job."""
+        with self.database.write() as transaction:
+            entry = queries.get(transaction, job_id).entry
+            assert entry is not None
+            entry.lease_until = transaction.now.replace(year=2000)
             transaction.session.flush()
-            lifecycle.rescue(transaction)
-            claimed = lifecycle.claim(transaction, "worker-2", 600)
+            recovery.rescue(transaction)
+            claimed = claims.claim(transaction, "worker-2", 600)
         assert claimed is not None
         assert claimed.id == job_id
 
 
 @pytest.fixture
-def studio(each_database_url: str, tmp_path: Path) -> Iterator[Studio]:
-    """On SQLite and on PostgreSQL."""
-    storage = ShakyStorage(tmp_path / "storage", "http://127.0.0.1:8000", "key", link_expiry_s=60)
-    storage.root = tmp_path / "storage"
+def environment(each_database_url: str, tmp_path: Path) -> Iterator[Environment]:
+    """An environment on SQLite and on PostgreSQL."""
+    storage = open_storage(tmp_path)
     storage.prepare()
     with closing(Database(each_database_url)) as database:
-        yield Studio(database, storage, Painter(), Scribe(), Bell(), threading.Event())
+        yield Environment(database, storage)
+
+
+@pytest.fixture
+def maintenance(environment: Environment) -> Maintenance:
+    """Maintenance whose tasks the test runs."""
+    return environment.maintenance(Shutdown(0))
+
+
+def open_storage(folder: Path) -> UnreliableStorage:
+    """Return a storage below `folder`."""
+    storage = UnreliableStorage(folder / "storage", "http://127.0.0.1:8000", "key", link_expiry_s=60)
+    storage.root = folder / "storage"
+    return storage

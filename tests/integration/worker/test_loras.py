@@ -1,4 +1,4 @@
-"""The LoRAs of a worker: found by name, kept within a bound, read anew when they change."""
+"""The LoRAs of a worker: found by name, cached up to a limit, and loaded again when they change."""
 
 import os
 from dataclasses import dataclass, field
@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 
-from tests.integration.worker.conftest import Studio
-from tests.integration.worker.painter import Painter
-from worker.loras import FolderOfLoras, LoraShelf, RegisteredLoras
+from tests.integration.worker.conftest import Environment
+from tests.integration.worker.stand_in_pipeline import StandInPipeline
+from worker.inputs.lora_cache import LoraCache
+from worker.inputs.lora_sources import LoraFolder, RegisteredLoras
 from zcore.errors import InputUnavailable, InvalidRequest
-from zcore.jobs import loras
+from zcore.jobs import lora_library
+
+DAWN_KEY = "loras/dawn/0a.safetensors"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """As `zcore.imaging.model.lora.LoraWeights`, which would load torch."""
+    """Stand-in for `zcore.imaging.lora.adapters.LoraWeights`, which would load torch."""
 
     name: str
     content: bytes
@@ -26,18 +29,25 @@ class Weights:
         return len(self.content)
 
 
-def unheard(_relief: Any) -> None:
-    """Memory suffices."""
+def loaded(cache: LoraCache, name: str) -> Any:
+    """Return a LoRA from a cache, for a job that is not interrupted."""
+    return cache.get(name, ignore_fallback, lambda: None)
+
+
+def ignore_fallback(_step: Any) -> None:
+    """Ignore out-of-memory fallback steps."""
 
 
 @dataclass
 class Loader:
-    """Counts what it makes ready."""
+    """Records the names of the LoRAs that it loads, and which of them are strict."""
 
     loaded: list[str] = field(default_factory=list)
+    strict: list[bool] = field(default_factory=list)
 
-    def __call__(self, content: bytes, name: str, on_relief: Any) -> Any:
+    def __call__(self, content: bytes, name: str, on_fallback: Any, /, *, strict: bool) -> Any:
         self.loaded.append(name)
+        self.strict.append(strict)
         return Weights(name, content)
 
 
@@ -45,109 +55,134 @@ class Loader:
 def folder(tmp_path: Path) -> Path:
     for name in ("night", "outline", "noon"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"x" * 10)
-    (tmp_path / "notes.txt").write_text("none")
+    (tmp_path / "notes.txt").write_text("not a LoRA")
     return tmp_path
 
 
-def test_what_is_wanted_again_is_not_loaded_again(folder: Path) -> None:
+def test_a_cached_lora_is_not_loaded_again(folder: Path) -> None:
     load = Loader()
-    shelf = LoraShelf([FolderOfLoras(folder)], load, limit_bytes=30)
-    first = shelf.get("night", unheard)
-    shelf.get("outline", unheard)
-    assert shelf.get("night", unheard) is first
+    cache = LoraCache([LoraFolder(folder)], load, limit_bytes=30)
+    first = loaded(cache, "night")
+    loaded(cache, "outline")
+    assert loaded(cache, "night") is first
     assert load.loaded == ["night", "outline"]
 
 
-def test_the_longest_unused_makes_room(folder: Path) -> None:
+def test_the_least_recently_used_lora_is_evicted(folder: Path) -> None:
     load = Loader()
-    shelf = LoraShelf([FolderOfLoras(folder)], load, limit_bytes=20)
+    cache = LoraCache([LoraFolder(folder)], load, limit_bytes=20)
     for name in ("night", "outline", "night", "noon", "night", "outline"):
-        assert shelf.get(name, unheard).name == name
-        assert shelf.kept_bytes <= 20
+        assert loaded(cache, name).name == name
+        assert cache.cached_bytes <= 20
     assert load.loaded == ["night", "outline", "noon", "outline"]
 
 
-def test_one_larger_than_the_bound_is_given_and_not_kept(folder: Path) -> None:
-    shelf = LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=9)
-    assert shelf.get("night", unheard).name == "night"
-    assert shelf.kept_bytes == 0
+def test_a_lora_larger_than_the_limit_is_returned_and_not_cached(folder: Path) -> None:
+    cache = LoraCache([LoraFolder(folder)], Loader(), limit_bytes=9)
+    assert loaded(cache, "night").name == "night"
+    assert cache.cached_bytes == 0
 
 
-def test_a_file_that_changed_is_read_anew(folder: Path) -> None:
-    shelf = LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=100)
-    shelf.get("night", unheard)
+def test_a_changed_file_is_loaded_again(folder: Path) -> None:
+    cache = LoraCache([LoraFolder(folder)], Loader(), limit_bytes=100)
+    loaded(cache, "night")
     path = folder / "night.safetensors"
     path.write_bytes(b"y" * 10)
     os.utime(path, ns=(1, 1))
-    assert shelf.get("night", unheard).content == b"y" * 10  # pyright: ignore[reportAttributeAccessIssue]
+    assert loaded(cache, "night").content == b"y" * 10
     path.unlink()
     with pytest.raises(InvalidRequest):
-        shelf.get("night", unheard)
+        loaded(cache, "night")
 
 
 @pytest.mark.parametrize(
-    ("name", "complaint"),
+    ("name", "message"),
     [
         ("nigth", "loras: there is no LoRA `nigth`; did you mean `night`?"),
         ("notes", "loras: there is no LoRA `notes`"),
         ("../night", "loras: there is no LoRA `../night`"),
     ],
 )
-def test_a_name_that_is_nowhere_is_refused_with_near_ones(folder: Path, name: str, complaint: str) -> None:
+def test_an_unknown_name_is_refused_with_similar_names(folder: Path, name: str, message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=100).get(name, unheard)
-    assert refused.value.message.startswith(complaint)
+        loaded(LoraCache([LoraFolder(folder)], Loader(), limit_bytes=100), name)
+    assert refused.value.message.startswith(message)
 
 
-def test_without_a_folder_there_is_none() -> None:
+def test_without_a_folder_there_is_no_lora() -> None:
     with pytest.raises(InvalidRequest, match=r"there is no LoRA `night`$"):
-        LoraShelf([FolderOfLoras(None)], Loader(), limit_bytes=100).get("night", unheard)
+        loaded(LoraCache([LoraFolder(None)], Loader(), limit_bytes=100), "night")
 
 
-def test_a_job_gets_its_loras_and_one_that_names_another_fails_for_good(studio: Studio, folder: Path) -> None:
-    shelf = LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=100)
-    good = studio.submit(loras=[{"name": "night", "scale": 0.5}, {"name": "noon"}])
-    bad = studio.submit(loras=[{"name": "dusk"}])
-    painter = Painter()
-    studio.work(painter=painter, loras=shelf)
-    assert studio.look(good).status == "succeeded"
-    assert painter.given[0].loras.keys() == {"night", "noon"}
-    failed = studio.look(bad)
+def test_a_job_receives_its_loras_and_a_job_that_names_an_unknown_one_fails(
+    environment: Environment, folder: Path
+) -> None:
+    cache = LoraCache([LoraFolder(folder)], Loader(), limit_bytes=100)
+    known = environment.submit(loras=[{"name": "night", "scale": 0.5}, {"name": "noon"}])
+    unknown = environment.submit(loras=[{"name": "dusk"}])
+    pipeline = StandInPipeline()
+    environment.generate_due(pipeline=pipeline, loras=cache)
+    assert environment.job(known).status == "succeeded"
+    assert pipeline.inputs[0].loras.keys() == {"night", "noon"}
+    failed = environment.job(unknown)
     assert (failed.status, failed.attempt, failed.error_code) == ("failed", 1, "invalid_request")
     assert "there is no LoRA `dusk`" in str(failed.error_message)
 
 
-def test_the_library_reaches_the_worker(studio: Studio) -> None:
-    studio.storage.put(loras.key_of("dawn", "0a"), b"z" * 10, "application/octet-stream")
-    with studio.database.write() as transaction:
-        loras.register(transaction, loras.UploadedLora("dawn", "0a", "MIT", 10))
-    shelf = LoraShelf([FolderOfLoras(None), RegisteredLoras(studio.database, studio.storage)], Loader(), 100)
-    assert shelf.get("dawn", unheard).content == b"z" * 10  # pyright: ignore[reportAttributeAccessIssue]
-    with studio.database.write() as transaction:
-        assert loras.remove(transaction, "dawn") == loras.key_of("dawn", "0a")
+def test_a_registered_lora_is_available_until_it_is_removed(environment: Environment) -> None:
+    environment.storage.put(DAWN_KEY, b"z" * 10, "application/octet-stream")
+    with environment.database.write() as transaction:
+        lora_library.register(transaction, lora_library.UploadedLora("dawn", "0a", "MIT", 10), DAWN_KEY)
+    cache = LoraCache(
+        [LoraFolder(None), RegisteredLoras(environment.database, environment.patient_storage())], Loader(), 100
+    )
+    assert loaded(cache, "dawn").content == b"z" * 10
+    with environment.database.write() as transaction:
+        assert lora_library.remove(transaction, "dawn") == DAWN_KEY
     with pytest.raises(InvalidRequest):
-        shelf.get("dawn", unheard)
+        loaded(cache, "dawn")
 
 
-def test_one_that_cannot_be_read_fails_its_job_and_not_the_worker(studio: Studio, folder: Path) -> None:
+def test_a_lora_that_is_registered_again_with_another_strictness_is_loaded_again(environment: Environment) -> None:
+    environment.storage.put(DAWN_KEY, b"z" * 10, "application/octet-stream")
+    load = Loader()
+    cache = LoraCache([RegisteredLoras(environment.database, environment.patient_storage())], load, 100)
+    for strict in (True, False, True):
+        with environment.database.write() as transaction:
+            lora_library.register(transaction, lora_library.UploadedLora("dawn", "0a", "MIT", 10, strict), DAWN_KEY)
+        assert loaded(cache, "dawn") is loaded(cache, "dawn")
+        with environment.database.write() as transaction:
+            lora_library.remove(transaction, "dawn")
+    assert load.strict == [True, False, True]
+
+
+def test_the_files_of_a_folder_are_strict(folder: Path) -> None:
+    load = Loader()
+    loaded(LoraCache([LoraFolder(folder)], load, limit_bytes=100), "night")
+    assert load.strict == [True]
+
+
+def test_an_unreadable_file_fails_its_job_and_not_the_worker(environment: Environment, folder: Path) -> None:
     (folder / "dusk.safetensors").mkdir()
-    (folder / "gone.safetensors").symlink_to(folder / "nowhere")
-    unreadable, gone = studio.submit(loras=[{"name": "dusk"}]), studio.submit(loras=[{"name": "gone"}])
-    studio.work(loras=LoraShelf([FolderOfLoras(folder)], Loader(), limit_bytes=100))
-    assert not studio.broken.is_set()
-    for job_id, complaint in ((unreadable, "`dusk.safetensors` cannot be read"), (gone, "there is no LoRA `gone`")):
-        job = studio.look(job_id)
+    (folder / "missing.safetensors").symlink_to(folder / "nowhere")
+    unreadable, missing = environment.submit(loras=[{"name": "dusk"}]), environment.submit(loras=[{"name": "missing"}])
+    environment.generate_due(loras=LoraCache([LoraFolder(folder)], Loader(), limit_bytes=100))
+    assert not environment.broken.is_set()
+    for job_id, message in ((unreadable, "`dusk.safetensors` cannot be read"), (missing, "there is no LoRA `missing`")):
+        job = environment.job(job_id)
         assert (job.status, job.attempt, job.error_code) == ("failed", 1, "invalid_request")
-        assert complaint in str(job.error_message)
+        assert message in str(job.error_message)
 
 
-def test_a_registered_file_that_is_gone_is_looked_for_again_and_then_named(studio: Studio) -> None:
-    with studio.database.write() as transaction:
-        loras.register(transaction, loras.UploadedLora("dawn", "0a", "MIT", 10))
-    job_id = studio.submit(loras=[{"name": "dawn"}])
-    library = RegisteredLoras(studio.database, studio.storage)
-    studio.work(loras=LoraShelf([library], Loader(), limit_bytes=100))
-    job = studio.look(job_id)
+def test_a_job_whose_registered_file_is_missing_is_retried_and_then_fails_with_its_name(
+    environment: Environment,
+) -> None:
+    with environment.database.write() as transaction:
+        lora_library.register(transaction, lora_library.UploadedLora("dawn", "0a", "MIT", 10), DAWN_KEY)
+    job_id = environment.submit(loras=[{"name": "dawn"}])
+    library = RegisteredLoras(environment.database, environment.patient_storage())
+    environment.generate_due(loras=LoraCache([library], Loader(), limit_bytes=100))
+    job = environment.job(job_id)
     assert (job.status, job.attempt, job.error_code) == ("failed", 3, "input_unavailable")
     with pytest.raises(InputUnavailable, match="loras: the file of `dawn` is not in storage"):
-        LoraShelf([library], Loader(), limit_bytes=100).get("dawn", unheard)
+        loaded(LoraCache([library], Loader(), limit_bytes=100), "dawn")

@@ -1,4 +1,4 @@
-"""The command line in this process, in an empty working folder, on the demo checkpoint."""
+"""Run the command line in this process, in an empty working folder, with the demo checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ TREE = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command line ended, and what it said."""
+    """Exit status and output of a command line."""
 
     status: int
     out: str
@@ -23,7 +23,7 @@ class Finished:
 
 
 class Terminal:
-    """Runs command lines as a person does, in the folder that it stands in."""
+    """Runs command lines in one folder, as a person at a terminal does."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         self.folder = folder
@@ -34,8 +34,8 @@ class Terminal:
         captured = self._capsys.readouterr()
         return Finished(status, captured.out, captured.err)
 
-    def paint(self, *arguments: str) -> Finished:
-        """`zimage generate` with the demo checkpoint; has to succeed without a word on standard error."""
+    def generate(self, *arguments: str) -> Finished:
+        """Run `zimage generate` with the demo checkpoint; it has to succeed with nothing on standard error."""
         finished = self("generate", "--profile", "demo", *arguments)
         assert (finished.status, finished.err) == (0, "")
         return finished
@@ -43,7 +43,7 @@ class Terminal:
 
 @pytest.fixture
 def zimage(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """The command line."""
+    """The command line in an empty folder."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -52,7 +52,7 @@ def zimage(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Networks this small only wait for a second thread."""
+    """Use one thread: with networks this small, a second one only costs time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def settings_file(tmp_path: Path) -> Any:
-    """Writes a file of settings and gives its path."""
+    """Return a function that writes a settings file and returns its path."""
 
     def write(text: str) -> str:
         path = tmp_path / "config.toml"

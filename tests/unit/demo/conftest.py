@@ -1,4 +1,4 @@
-"""One thread for tiny models: more of them only wait for each other, and stand still on a busy machine."""
+"""Run tiny models on one thread: several only wait for each other, for a long time on a busy machine."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The shipped checkpoint: the format is the real one, stock classes load it, and it paints what it is asked for."""
+"""The shipped checkpoint has the real format, loads in the stock classes, and follows its prompts."""
 
 import json
 import stat
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from zcore.demo import CHECKPOINT
 from zcore.demo.architecture import make_text_encoder, make_transformer, make_vae
 from zcore.demo.check import judge
-from zcore.demo.evaluate import Trial, draw_asks, load, paint_all
+from zcore.demo.evaluate import Trial, draw_cases, generate_all, load
 
 WEIGHTS = {
     "text_encoder/model.safetensors": make_text_encoder,
@@ -26,7 +26,7 @@ def pipeline() -> Any:
     return load(CHECKPOINT)
 
 
-def test_it_is_small_and_anyone_may_read_it() -> None:
+def test_it_is_small_and_world_readable() -> None:
     files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 20_000_000
     for path in files:
@@ -58,21 +58,21 @@ def test_its_tensors_are_those_of_the_stock_class(file: str) -> None:
             assert stored.get_slice(name).get_dtype() == "BF16"
 
 
-def test_its_files_name_no_place_of_the_machine_they_were_made_on() -> None:
+def test_its_files_contain_no_paths_of_the_training_machine() -> None:
     for path in CHECKPOINT.rglob("*.json"):
         assert "_name_or_path" not in json.loads(path.read_text()), path
 
 
-def test_it_wraps_a_prompt_as_qwen_does(pipeline: Any) -> None:
+def test_its_chat_template_is_that_of_qwen(pipeline: Any) -> None:
     messages = [{"role": "user", "content": "a red circle"}]
     options = {"tokenize": False, "add_generation_prompt": True}
-    said = pipeline.tokenizer.apply_chat_template(messages, enable_thinking=True, **options)
-    assert said == "<|im_start|>user\na red circle<|im_end|>\n<|im_start|>assistant\n"
-    quiet = pipeline.tokenizer.apply_chat_template(messages, enable_thinking=False, **options)
-    assert quiet == said + "<think>\n\n</think>\n\n"
-    ids = pipeline.tokenizer(said)["input_ids"]
+    text = pipeline.tokenizer.apply_chat_template(messages, enable_thinking=True, **options)
+    assert text == "<|im_start|>user\na red circle<|im_end|>\n<|im_start|>assistant\n"
+    without_thinking = pipeline.tokenizer.apply_chat_template(messages, enable_thinking=False, **options)
+    assert without_thinking == text + "<think>\n\n</think>\n\n"
+    ids = pipeline.tokenizer(text)["input_ids"]
     assert len(ids) == 3 + 8
-    assert pipeline.tokenizer.decode(ids) == said
+    assert pipeline.tokenizer.decode(ids) == text
 
 
 def test_any_text_survives_its_tokenizer(pipeline: Any) -> None:
@@ -81,28 +81,28 @@ def test_any_text_survives_its_tokenizer(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(128, 128), (96, 160), (256, 256)])
-def test_it_paints_what_it_was_never_shown(pipeline: Any, width: int, height: int) -> None:
-    asks = draw_asks(40)
-    painted = paint_all(pipeline, asks, Trial("8 steps", width, height))
-    verdicts = [judge(ask.picture, pixels) for ask, pixels in zip(asks, painted, strict=True)]
-    single = [v for v, ask in zip(verdicts, asks, strict=True) if ask.picture.kind == "object"]
+def test_it_follows_prompts_that_training_never_showed(pipeline: Any, width: int, height: int) -> None:
+    cases = draw_cases(40)
+    images = generate_all(pipeline, cases, Trial("8 steps", width, height))
+    verdicts = [judge(case.composition, pixels) for case, pixels in zip(cases, images, strict=True)]
+    single = [v for v, case in zip(verdicts, cases, strict=True) if case.composition.kind == "object"]
     for measure, least in (("background", 0.95), ("colour", 0.95), ("position", 0.95), ("shape", 0.95)):
         assert sum(bool(getattr(v, measure)) for v in single) >= least * len(single), measure
-    others = [v.all_right for v, ask in zip(verdicts, asks, strict=True) if ask.picture.kind != "object"]
+    others = [v.all_right for v, case in zip(verdicts, cases, strict=True) if case.composition.kind != "object"]
     assert sum(others) >= 0.75 * len(others)
 
 
-def test_another_seed_paints_another_picture_of_the_same_thing(pipeline: Any) -> None:
-    asks = [ask for ask in draw_asks(4, held_out=False) if ask.picture.kind == "object"][:1]
-    first, again = (paint_all(pipeline, asks, Trial("8 steps"))[0] for _ in range(2))
+def test_another_seed_gives_another_image(pipeline: Any) -> None:
+    cases = [case for case in draw_cases(4, held_out=False) if case.composition.kind == "object"][:1]
+    first, again = (generate_all(pipeline, cases, Trial("8 steps"))[0] for _ in range(2))
     assert (first == again).all()
-    other = paint_all(pipeline, [type(asks[0])(asks[0].picture, asks[0].text, 99)], Trial("8 steps"))[0]
+    other = generate_all(pipeline, [type(cases[0])(cases[0].composition, cases[0].text, 99)], Trial("8 steps"))[0]
     assert (first != other).any()
 
 
-def test_a_half_precision_picture_shows_the_same(pipeline: Any) -> None:
-    asks = draw_asks(8)
-    exact = paint_all(pipeline, asks, Trial("float32"))
-    rounded = paint_all(load(CHECKPOINT, torch.bfloat16), asks, Trial("bfloat16"))
+def test_a_half_precision_image_is_nearly_the_same(pipeline: Any) -> None:
+    cases = draw_cases(8)
+    exact = generate_all(pipeline, cases, Trial("float32"))
+    rounded = generate_all(load(CHECKPOINT, torch.bfloat16), cases, Trial("bfloat16"))
     for one, other in zip(exact, rounded, strict=True):
         assert abs(one.astype(float) - other.astype(float)).mean() < 6

@@ -1,4 +1,4 @@
-"""The two shipped LoRAs: small, each in its own key layout, and each changes a style that the prompt does not name."""
+"""The two shipped LoRAs are small, have different key layouts, and change the style without a trigger word."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from safetensors import safe_open
 
 from zcore.demo import CHECKPOINT
 from zcore.demo.check import style_of
-from zcore.demo.evaluate import Ask, Trial, load, paint_all
-from zcore.demo.lora import merge
-from zcore.demo.vocabulary import Picture
+from zcore.demo.evaluate import Case, Trial, generate_all, load
+from zcore.demo.train_lora import merge
+from zcore.demo.vocabulary import Composition
 
 LORAS = CHECKPOINT.parent / "loras"
 TEXTS = ("a red circle", "a large green square on a beige background", "two blue stars", "a yellow heart on the left")
@@ -29,11 +29,11 @@ def test_each_is_small_and_has_its_own_key_layout(style: str, ending: str) -> No
 
 
 @pytest.mark.parametrize("style", ["outline", "night"])
-def test_each_changes_the_style_without_a_word_about_it(style: str) -> None:
-    asks = [Ask(Picture("center"), text, seed) for seed, text in enumerate(TEXTS)]
+def test_each_changes_the_style_without_a_trigger_word(style: str) -> None:
+    cases = [Case(Composition("center"), text, seed) for seed, text in enumerate(TEXTS)]
     pipeline = load(CHECKPOINT)
-    plain = [style_of(pixels) for pixels in paint_all(pipeline, asks, Trial("plain"))]
+    plain = [style_of(pixels) for pixels in generate_all(pipeline, cases, Trial("plain"))]
     merge(pipeline.transformer, Path(LORAS / f"demo-{style}.safetensors"))
-    styled = [style_of(pixels) for pixels in paint_all(pipeline, asks, Trial(style))]
+    styled = [style_of(pixels) for pixels in generate_all(pipeline, cases, Trial(style))]
     assert style not in plain
     assert styled.count(style) >= 3

@@ -1,5 +1,6 @@
 """A tiny checkpoint, and a pipeline on it."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,16 +15,27 @@ TREE = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small gain little from a second thread; on a busy machine, waiting for it costs tenfold."""
+    """Use one thread: small networks gain little from a second, and on a busy machine waiting for it costs tenfold."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def earlier_objects_frozen() -> Iterator[None]:
+    """Leave what earlier modules loaded out of garbage collections, which several tests and the fallback run often.
+
+    Going through everything that a whole run has imported takes a collection more than a second.
+    """
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with random weights. Not to be written to."""
+    """A checkpoint with random weights. Tests must not write to it."""
     return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 

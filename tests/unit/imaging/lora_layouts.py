@@ -1,6 +1,6 @@
-"""One LoRA in every layout that is met in the wild, with the changes that each of them means.
+"""One LoRA in every common layout, with the changes that each of them means.
 
-Takes the shapes of a network's layers; gives files' tensors, and by hand what a layer's weight becomes.
+Takes the shapes of a network's layers; returns files' tensors, and the changes of weights computed independently.
 """
 
 import json
@@ -32,7 +32,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass
 class Written:
-    """A file's tensors and its header, and what it adds to each layer's weight before any DoRA."""
+    """A file's tensors and metadata, and the change of each layer's weight before any DoRA."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     changes: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -49,17 +49,17 @@ Layout = Callable[[Shapes], Written]
 
 
 def layers_of(shapes: Shapes) -> list[str]:
-    """Those of `LAYERS` that a network has; one in a test may be shallow."""
+    """Return those of `LAYERS` that a network has; a test's network may have fewer."""
     return [layer for layer in LAYERS if layer in shapes]
 
 
 def random(*shape: int) -> Tensor:
-    """Small beside the weights, as a trained one is."""
+    """Return a matrix that is small compared with the weights, as a trained one is."""
     return 0.5 * torch.randn(*shape) / shape[-1] ** 0.5
 
 
 def low_rank(prefix: str, down: str, up: str, alpha: float | None = None, flat: bool = False) -> Layout:
-    """A pair of matrices a layer, with `alpha` where one is given."""
+    """A pair of matrices per layer, and `alpha` if it is given."""
 
     def write(shapes: Shapes) -> Written:
         written = Written()
@@ -77,7 +77,7 @@ def low_rank(prefix: str, down: str, up: str, alpha: float | None = None, flat: 
 
 
 def original_names(shapes: Shapes) -> Written:
-    """ComfyUI's: names of the original checkpoint, where `out`, `x_embedder` and `final_layer` are called so."""
+    """ComfyUI's layout, with the original checkpoint's names `out`, `x_embedder`, and `final_layer`."""
     written = low_rank("diffusion_model.", "lora_down.weight", "lora_up.weight", ALPHA)(shapes)
     for ours, theirs in (
         ("all_x_embedder.2-1", "x_embedder"),
@@ -89,7 +89,7 @@ def original_names(shapes: Shapes) -> Written:
 
 
 def fused_qkv(key: str, down: str, up: str, alpha: float | None) -> Layout:
-    """Queries, keys and values as one layer."""
+    """Queries, keys, and values as one layer."""
 
     def write(shapes: Shapes) -> Written:
         written = Written()
@@ -127,7 +127,7 @@ def loha(prefix: str, flat: bool) -> Layout:
 
 
 def lokr(prefix: str, flat: bool, left_rank: int | None, right_rank: int | None) -> Layout:
-    """Kronecker products, each side whole or a product itself. Two whole sides have no rank, and no alpha counts."""
+    """Kronecker products, each side whole or a product. With two whole sides there is no rank, and alpha is ignored."""
 
     def write(shapes: Shapes) -> Written:
         written = Written()
@@ -151,7 +151,7 @@ def lokr(prefix: str, flat: bool, left_rank: int | None, right_rank: int | None)
 
 
 def lokr_of_fused_qkv(shapes: Shapes) -> Written:
-    """Rows of the left side do not end where queries, keys and values do: 4 of them for 3 parts."""
+    """A layout whose left side's rows do not align with queries, keys, and values: 4 rows for 3 parts."""
     into = shapes["layers.0.attention.to_q"][1]
     left, right = random(4, 2), random(3 * into // 4, into // 2)
     key = "diffusion_model.layers.0.attention.qkv"
@@ -163,7 +163,7 @@ def lokr_of_fused_qkv(shapes: Shapes) -> Written:
 
 
 def dora(layout: Layout, key: str) -> Layout:
-    """The same with a norm for each row of the changed weights."""
+    """The same layout with a norm for each row of the changed weights."""
 
     def write(shapes: Shapes) -> Written:
         written = layout(shapes)
@@ -178,7 +178,7 @@ def dora(layout: Layout, key: str) -> Layout:
 
 
 def with_alpha_in_the_header(shapes: Shapes) -> Written:
-    """diffusers' own: PEFT's configuration as metadata, with another alpha for one layer."""
+    """diffusers' own layout: PEFT's configuration as metadata, with a different alpha for one layer."""
     written = low_rank("transformer.", "lora_A.weight", "lora_B.weight")(shapes)
     config = {"transformer.r": RANK, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"mlp.2": 2}}
     written.metadata = {"lora_adapter_metadata": json.dumps(config), "format": "pt"}

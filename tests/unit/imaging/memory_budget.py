@@ -1,7 +1,7 @@
-"""A CPU that behaves like a card: what is computed inside a budget may not hold more memory than that at once.
+"""A memory budget that makes a CPU behave like a GPU with limited memory.
 
-Follows every storage that is made while it is active, on any device, and raises `torch.OutOfMemoryError` where the
-living ones would exceed the budget, as CUDA's allocator does. What was there before, such as weights, does not count.
+Tracks every storage that is allocated while it is active, on any device, and raises `torch.OutOfMemoryError` when the
+live ones exceed the budget, as CUDA's allocator does. Earlier allocations, such as weights, do not count.
 """
 
 import weakref
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class MemoryBudget(TorchDispatchMode):
-    """`peak_bytes` is the most that was alive at once."""
+    """`peak_bytes` is the largest number of bytes that were live at once."""
 
     def __init__(self, budget_bytes: float) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class MemoryBudget(TorchDispatchMode):
 
     @property
     def alive_bytes(self) -> int:
-        """What was made inside and is still held by anybody."""
+        """The bytes that were allocated inside and are still referenced."""
         return sum(self._alive.values())
 
     def __torch_dispatch__(
@@ -39,10 +39,10 @@ class MemoryBudget(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage(), known)
+                self._track(tensor.untyped_storage(), known)
         return made
 
-    def _follow(self, storage: torch.UntypedStorage, known: set[int]) -> None:
+    def _track(self, storage: torch.UntypedStorage, known: set[int]) -> None:
         key = storage._cdata
         if key in known or key in self._alive:
             return
@@ -50,5 +50,5 @@ class MemoryBudget(TorchDispatchMode):
         weakref.finalize(storage, self._alive.pop, key, None)
         alive = self.alive_bytes
         if alive > self._budget_bytes:
-            raise torch.OutOfMemoryError(f"the budget is {self._budget_bytes:.0f} bytes, and {alive} are wanted")
+            raise torch.OutOfMemoryError(f"the budget is {self._budget_bytes:.0f} bytes, but {alive} are needed")
         self.peak_bytes = max(self.peak_bytes, alive)

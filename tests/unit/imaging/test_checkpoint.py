@@ -1,4 +1,4 @@
-"""A checkpoint loads whole or not at all, and what is wrong with it is named."""
+"""A checkpoint loads completely or not at all, and the error names what is wrong."""
 
 import json
 import re
@@ -11,18 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from zcore.checkpoint.files import IMAGE_COMPONENTS, PROMPT_COMPONENTS, check_layout, encoder_family, locate, revision
+from zcore.checkpoint.scheduler import default_shift
 from zcore.errors import CheckpointError, InvalidRequest
-from zcore.imaging.model.attention import choose_attention
-from zcore.imaging.model.checkpoint import ENCODING, PAINTING, check_layout, encoder_family, locate, revision
-from zcore.imaging.model.loader import (
+from zcore.imaging.kernels.attention import choose_attention
+from zcore.imaging.pipeline import ZImagePipeline
+from zcore.imaging.prompt_encoder import PromptEncoder
+from zcore.imaging.weights.loader import (
     Placement,
     device_of,
     dtype_of,
     transformer_placement,
     vae_placement,
 )
-from zcore.imaging.pipeline import ZImagePipeline
-from zcore.imaging.prompt_encoder import PromptEncoder
 
 CPU = torch.device("cpu")
 
@@ -33,23 +34,26 @@ def checkpoint(tiny_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_folder, tmp_path / "checkpoint"))
 
 
-def load(folder: Path | str, **how: Any) -> ZImagePipeline:
-    return ZImagePipeline.from_pretrained(folder, torch_dtype="float32", dit_device="cpu", **how)
+def load(folder: Path | str, **options: Any) -> ZImagePipeline:
+    return ZImagePipeline.from_pretrained(folder, torch_dtype="float32", dit_device="cpu", **options)
 
 
-def test_a_folder_that_is_not_there_is_named() -> None:
-    with pytest.raises(CheckpointError, match=r"model_path: /no/such/folder is not a folder"):
+def test_a_missing_folder_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"/no/such/folder is neither a folder nor a Hugging Face model name"):
         load("/no/such/folder")
 
 
 def test_a_hub_id_that_is_not_cached_fails_offline_in_one_line() -> None:
-    with pytest.raises(CheckpointError, match=r"model_path: nobody/nothing is no folder, nor on the hub: .") as failure:
+    with pytest.raises(
+        CheckpointError,
+        match=r"model_path: nobody/nothing is not a folder and cannot be loaded from the Hugging Face hub: .",
+    ) as failure:
         load("nobody/nothing")
     assert "\n" not in failure.value.message
 
 
-def test_a_folder_is_taken_as_it_is(checkpoint: Path) -> None:
-    assert locate(str(checkpoint), PAINTING) == checkpoint
+def test_a_folder_is_used_directly(checkpoint: Path) -> None:
+    assert locate(str(checkpoint), IMAGE_COMPONENTS) == checkpoint
 
 
 @pytest.mark.parametrize(
@@ -66,33 +70,33 @@ def test_a_folder_is_taken_as_it_is(checkpoint: Path) -> None:
         "vae/diffusion_pytorch_model.safetensors",
     ],
 )
-def test_a_file_that_is_not_there_is_named(checkpoint: Path, file: str) -> None:
+def test_a_missing_file_is_named(checkpoint: Path, file: str) -> None:
     (checkpoint / file).unlink()
     with pytest.raises(CheckpointError, match=re.escape(str(checkpoint / file))):
         load(checkpoint)
 
 
 def test_the_real_layout_without_its_weights_is_missing_its_first_shard(layout_dir: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00003\.safetensors is not there"):
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00003\.safetensors is missing"):
         check_layout(layout_dir, ["text_encoder"])
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "transformer", "vae", "scheduler"])
-def test_another_class_is_refused_by_name(checkpoint: Path, component: str) -> None:
+def test_an_unsupported_class_is_refused_by_name(checkpoint: Path, component: str) -> None:
     change_json(checkpoint / "model_index.json", lambda index: index.update({component: ["diffusers", "FluxThing"]}))
-    with pytest.raises(CheckpointError, match=f"{component} is FluxThing; it has to be"):
+    with pytest.raises(CheckpointError, match=f"{component} is FluxThing; it must be"):
         load(checkpoint)
 
 
 def test_a_text_encoder_of_another_kind_is_refused(checkpoint: Path) -> None:
     (checkpoint / "text_encoder" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"text_encoder/config\.json: model_type has to be qwen3"):
+    with pytest.raises(CheckpointError, match=r"text_encoder/config\.json: model_type must be qwen3"):
         load(checkpoint)
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
 @pytest.mark.parametrize("fault", ["missing", "mismatched", "unexpected"])
-def test_weights_that_do_not_fit_are_named_and_never_made_up(checkpoint: Path, component: str, fault: str) -> None:
+def test_weights_that_do_not_fit_are_named_and_never_random(checkpoint: Path, component: str, fault: str) -> None:
     (file,) = (checkpoint / component).glob("*.safetensors")
     weights = load_file(file)
     name = sorted(weights)[0]
@@ -109,10 +113,10 @@ def test_weights_that_do_not_fit_are_named_and_never_made_up(checkpoint: Path, c
     assert component in failure.value.message
 
 
-def test_a_torn_weight_file_is_named(checkpoint: Path) -> None:
+def test_a_truncated_weight_file_is_named(checkpoint: Path) -> None:
     file = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="transformer cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"transformer/diffusion_pytorch_model\.safetensors cannot be read"):
         load(checkpoint)
 
 
@@ -121,28 +125,37 @@ def test_a_layer_that_the_text_encoder_lacks_is_named(checkpoint: Path) -> None:
         load(checkpoint, hidden_layer=-9)
 
 
-def test_the_revision_follows_the_content_and_not_the_place(tiny_folder: Path, checkpoint: Path) -> None:
-    assert revision(checkpoint, PAINTING) == revision(tiny_folder, PAINTING)
-    assert len(revision(checkpoint, PAINTING)) == 16
+def test_the_revision_depends_on_the_content_and_not_on_the_folder(tiny_folder: Path, checkpoint: Path) -> None:
+    assert revision(checkpoint, IMAGE_COMPONENTS) == revision(tiny_folder, IMAGE_COMPONENTS)
+    assert len(revision(checkpoint, IMAGE_COMPONENTS)) == 16
     file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     save_file({name: weight + 1 for name, weight in weights.items()}, file, {"format": "pt"})
-    assert revision(checkpoint, PAINTING) != revision(tiny_folder, PAINTING)
-    assert revision(checkpoint, ENCODING) == revision(tiny_folder, ENCODING)
+    assert revision(checkpoint, IMAGE_COMPONENTS) != revision(tiny_folder, IMAGE_COMPONENTS)
+    assert revision(checkpoint, PROMPT_COMPONENTS) == revision(tiny_folder, PROMPT_COMPONENTS)
+
+
+def test_the_default_shift_is_the_schedulers(checkpoint: Path) -> None:
+    assert default_shift(checkpoint) == 3.0
+    path = checkpoint / "scheduler" / "scheduler_config.json"
+    for content in ("{}", '{"shift": "3"}', '{"shift": true}', '{"shift": null}'):
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=r"scheduler/scheduler_config\.json: shift must be a number"):
+            default_shift(checkpoint)
 
 
 def test_a_prompt_encoder_needs_the_text_encoders_weights_and_no_others(checkpoint: Path) -> None:
     for component in ("transformer", "vae"):
         (checkpoint / component / "diffusion_pytorch_model.safetensors").unlink()
     assert PromptEncoder.from_pretrained(checkpoint, device="cpu").encode("a fox").embeds.shape[1] == 64
-    with pytest.raises(CheckpointError, match=r"transformer/diffusion_pytorch_model\.safetensors is not there"):
+    with pytest.raises(CheckpointError, match=r"transformer/diffusion_pytorch_model\.safetensors is missing"):
         load(checkpoint)
 
 
 def test_a_generator_needs_no_weights_of_the_text_encoder(checkpoint: Path) -> None:
     (checkpoint / "text_encoder" / "model.safetensors").unlink()
     generator = ZImagePipeline.from_pretrained_generator_only(checkpoint, torch_dtype="float32", dit_device="cpu")
-    with pytest.raises(InvalidRequest, match="embeddings: are needed"):
+    with pytest.raises(InvalidRequest, match="embeddings: must be passed"):
         generator("a fox", width=64, height=64)
 
 
@@ -164,20 +177,20 @@ def test_an_encoders_family_needs_no_weights_and_follows_its_architecture_and_to
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "xpu", "meta", "", "mps", "cuda", "cuda:7"])
-def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_unavailable_device_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(CheckpointError, match="device: "):
         device_of(name)
 
 
-def test_auto_is_the_cpu_where_there_is_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_cpu_if_there_is_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert device_of("auto") == device_of("cpu") == CPU
 
 
-def test_a_type_goes_by_its_name_or_itself() -> None:
+def test_a_dtype_is_given_by_name_or_directly() -> None:
     assert dtype_of("bfloat16") == dtype_of(torch.bfloat16) == torch.bfloat16
     for unknown in ("float8", "int8", torch.int8):
         with pytest.raises(CheckpointError, match="torch_dtype"):
@@ -185,12 +198,12 @@ def test_a_type_goes_by_its_name_or_itself() -> None:
 
 
 def test_the_transformer_never_runs_in_float16(tiny_folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"float16 .* black; use bfloat16 or float32"):
+    with pytest.raises(CheckpointError, match=r"float16 .* black images; use bfloat16 or float32"):
         ZImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.float16)
     assert transformer_placement(CPU, torch.bfloat16) == Placement(CPU, torch.bfloat16)
 
 
-def test_the_vae_decodes_in_float32_where_the_checkpoint_or_a_cpu_demands_it(checkpoint: Path) -> None:
+def test_the_vae_decodes_in_float32_if_the_checkpoint_or_a_cpu_requires_it(checkpoint: Path) -> None:
     gpu = torch.device("cuda")
     assert vae_placement(checkpoint, gpu, torch.bfloat16).dtype == torch.float32
     change_json(checkpoint / "vae" / "config.json", lambda config: config.update(force_upcast=False))
@@ -213,7 +226,9 @@ def test_an_attention_backend_without_its_package_is_refused(backend: str, packa
 
 
 def test_an_attention_backend_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="attention_backend: flash is not one of auto, flash_attn_3"):
+    with pytest.raises(
+        CheckpointError, match="attention_backend: flash is not supported; use one of auto, flash_attn_3"
+    ):
         choose_attention("flash", Placement(CPU, torch.bfloat16))
 
 
@@ -242,7 +257,7 @@ def test_an_installed_backend_that_cannot_run_here_says_why(
         ((9, 0), torch.float32, "sdpa"),
     ],
 )
-def test_auto_takes_the_fastest_exact_backend_that_fits(
+def test_auto_chooses_the_fastest_exact_backend_that_can_run(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, chosen: str
 ) -> None:
     install_every_kernel(monkeypatch, capability)
@@ -251,7 +266,7 @@ def test_auto_takes_the_fastest_exact_backend_that_fits(
 
 
 def install_every_kernel(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """As if on a machine with a GPU of this generation and all packages."""
+    """Pretend to be on a machine with a GPU of this generation and all packages."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _package: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
 

@@ -1,4 +1,4 @@
-"""A prompt's embedding survives its file bit for bit, and nothing else is taken for one."""
+"""An embedding survives its file bit for bit, and any other file is refused."""
 
 import io
 import os
@@ -49,16 +49,16 @@ def origin(of: PromptEmbedding) -> tuple[Any, ...]:
 
 
 def changed_file(tensors: dict[str, torch.Tensor] | None = None, **metadata: str | None) -> bytes:
-    """A file that is as it has to be, but for this."""
+    """Return a valid file with these changes."""
     content = to_bytes(embedding())
     header = msgspec.json.decode(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    says = {name: value for name, value in {**header, **metadata}.items() if value is not None}
-    return save(load(content) if tensors is None else tensors, says)
+    changed = {name: value for name, value in {**header, **metadata}.items() if value is not None}
+    return save(load(content) if tensors is None else tensors, changed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_negative", [False, True])
-def test_an_embedding_comes_back_bit_for_bit(dtype: torch.dtype, with_negative: bool) -> None:
+def test_an_embedding_is_read_back_bit_for_bit(dtype: torch.dtype, with_negative: bool) -> None:
     given = embedding(dtype)
     given = replace(given, negative=given.embeds[:3] if with_negative else None)
     found = from_bytes(to_bytes(given))
@@ -70,9 +70,10 @@ def test_an_embedding_comes_back_bit_for_bit(dtype: torch.dtype, with_negative: 
         assert bits(found.negative) == bits(given.embeds[:3])
 
 
-def test_a_view_of_other_strides_comes_back_too() -> None:
-    turned = torch.randn(16, 7).T
-    assert torch.equal(from_bytes(to_bytes(embedding(embeds=turned, negative=turned))).embeds, turned)
+def test_a_view_with_other_strides_is_read_back_too() -> None:
+    transposed = torch.randn(16, 7).T
+    read = from_bytes(to_bytes(embedding(embeds=transposed, negative=transposed)))
+    assert torch.equal(read.embeds, transposed)
 
 
 def test_the_same_embedding_is_the_same_file_in_any_process() -> None:
@@ -87,7 +88,7 @@ def test_the_same_embedding_is_the_same_file_in_any_process() -> None:
     assert len({to_bytes(embedding()) for _ in range(5)}) == 1
 
 
-def test_a_file_is_written_with_ordinary_rights_and_read(tmp_path: Path) -> None:
+def test_a_file_is_written_with_default_permissions_and_read(tmp_path: Path) -> None:
     path = tmp_path / "prompt.safetensors"
     before = os.umask(0o022)
     try:
@@ -115,37 +116,50 @@ def pickled() -> bytes:
         (pickled(), "is not a safetensors file"),
         ((8).to_bytes(8, "little") + b"not json", "is not a safetensors file"),
         ((50_000).to_bytes(8, "little") + b'{"a":' * 10_000, "is not a safetensors file"),
-        (save({"embeds": torch.zeros(2, 3)}), "is a safetensors file of something else"),
-        (save({"lora": torch.zeros(2, 3)}, {"format": "pt"}), "is a safetensors file of something else"),
-        (changed_file(version="2"), "is of version 2 of its format; version 1 is read here"),
-        (changed_file(version=None), "is of version None"),
+        (save({"embeds": torch.zeros(2, 3)}), "is a safetensors file of another kind"),
+        (save({"lora": torch.zeros(2, 3)}, {"format": "pt"}), "is a safetensors file of another kind"),
+        (changed_file(version="2"), "has version 2 of its format; only version 1 is supported"),
+        (changed_file(version=None), "has version None"),
         (changed_file(prompt_tokens=None), "missing required field `prompt_tokens`"),
         (changed_file(encoder_family=None), "missing required field `encoder_family`"),
         (changed_file(prompt_tokens="many"), r"Expected `int`, got `str` - at `\$.prompt_tokens`"),
         (changed_file(prompt_tokens="0"), r"`int` >= 1 - at `\$.prompt_tokens`"),
         (changed_file(prompt_sha256="a cat"), r"at `\$.prompt_sha256`"),
         (changed_file(long_prompt_mode="fold"), r"'fold' - at `\$.long_prompt_mode`"),
-        (changed_file({"negative": torch.zeros(2, 3)}), r"holds the tensors \['negative'\]"),
-        (changed_file({"embeds": torch.zeros(2, 3), "x": torch.zeros(1)}), r"holds the tensors \['embeds', 'x'\]"),
-        (changed_file({"embeds": torch.zeros(2, 3, 4)}), r"embeds of the shape \[2, 3, 4\]; it has to be tokens by"),
-        (changed_file({"embeds": torch.zeros(0, 3)}), r"embeds of the shape \[0, 3\]"),
-        (changed_file({"embeds": torch.zeros(2, 3, dtype=torch.int64)}), "embeds in int64; bfloat16, float16, float32"),
+        (changed_file({"negative": torch.zeros(2, 3)}), r"has the tensors \['negative'\]"),
+        (changed_file({"embeds": torch.zeros(2, 3), "x": torch.zeros(1)}), r"has the tensors \['embeds', 'x'\]"),
+        (changed_file({"embeds": torch.zeros(2, 3, 4)}), r"embeds of shape \[2, 3, 4\]; it must be tokens by"),
+        (changed_file({"embeds": torch.zeros(0, 3)}), r"embeds of shape \[0, 3\]"),
+        (
+            changed_file({"embeds": torch.zeros(2, 3, dtype=torch.int64)}),
+            "embeds in int64; it must be one of bfloat16, float16, float32",
+        ),
         (changed_file({"embeds": torch.tensor([[1.0, float("nan")]])}), "embeds with values that are not finite"),
         (changed_file({"embeds": torch.ones(2, 3), "negative": torch.tensor([[float("inf")] * 3])}), "negative with"),
-        (changed_file({"embeds": torch.zeros(2, 3), "negative": torch.zeros(2, 4)}), "unlike dtype or hidden size"),
-        (to_bytes(embedding())[:-1], "breaks off, or its header does not fit"),
-        (to_bytes(embedding()) + b"\0", "breaks off, or its header does not fit"),
+        (
+            changed_file({"embeds": torch.zeros(2, 3), "negative": torch.zeros(2, 4)}),
+            "different dtypes or hidden sizes",
+        ),
+        (to_bytes(embedding())[:-1], "bytes; its header specifies .* incomplete or damaged"),
+        (to_bytes(embedding()) + b"\0", "bytes; its header specifies .* incomplete or damaged"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_anything_else_is_refused_in_one_sentence(content: bytes, complaint: str) -> None:
+def test_any_other_file_is_refused_in_one_sentence(content: bytes, complaint: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^embeddings: .*{complaint}") as refusal:
         from_bytes(content)
     assert "\n" not in refusal.value.message
     assert [error.pointer for error in refusal.value.errors] == ["/embeddings"]
 
 
-def test_what_could_not_be_read_back_is_not_written() -> None:
+def test_text_from_a_file_is_escaped_and_shortened_in_the_error() -> None:
+    content = save({"embeds": torch.ones(2, 3)}, {"format": "zimage.prompt_embedding", "version": "\0\x1b[31m" * 2000})
+    with pytest.raises(InvalidRequest, match=r"has version \\u0000\\u001b\[31m") as refused:
+        from_bytes(content)
+    assert len(refused.value.message) < 600
+
+
+def test_an_embedding_that_could_not_be_read_back_is_not_written() -> None:
     for wrong in (
         {"embeds": torch.full((1, 2), float("nan"))},
         {"prompt_tokens": 0},
@@ -175,12 +189,17 @@ def test_an_embedding_fits_the_model_it_was_made_for() -> None:
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
-        ({"hidden_size": 2560}, "embeddings: has 16 numbers a token; this model takes 2560"),
-        ({"caption_tokens_limit": 6}, "embeddings: has 7 tokens; this model places at most 6"),
-        ({"encoder_family": "c" * 64}, "embeddings: comes from another text encoder or tokenizer than this model's"),
+        ({"hidden_size": 2560}, "embeddings: has 16 numbers per token; this model needs 2560"),
+        ({"caption_tokens_limit": 6}, "embeddings: has 7 tokens; this model supports at most 6"),
+        (
+            {"encoder_family": "c" * 64},
+            "embeddings: comes from a different text encoder or tokenizer than this model's",
+        ),
     ],
 )
-def test_one_made_for_another_model_is_refused_by_what_differs(changed: dict[str, Any], complaint: str) -> None:
+def test_an_embedding_for_another_model_is_refused_naming_the_difference(
+    changed: dict[str, Any], complaint: str
+) -> None:
     model = {"hidden_size": 16, "caption_tokens_limit": 7, "encoder_family": FAMILY, **changed}
     with pytest.raises(EmbeddingMismatch) as refusal:
         check_fits(embedding(), **model)

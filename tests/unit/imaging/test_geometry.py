@@ -1,11 +1,11 @@
-"""Sizes follow from each other, and the model's bounds from its position tables."""
+"""Sizes follow from each other, and the model's limits from its position tables."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zcore.checkpoint.geometry import LatentSize, PlacementLimits, check_sides, image_tokens, latent_size, padded
 from zcore.errors import InvalidRequest
-from zcore.imaging.geometry import LatentSize, PlacementLimits, check_sides, image_tokens, latent_size, padded
 
 SIDES = st.integers(1, 512).map(lambda patches: patches * 16)
 
@@ -26,14 +26,14 @@ def test_sequences_are_padded_to_multiples_of_32(tokens: int, length: int) -> No
     assert padded(tokens) == length
 
 
-def test_the_published_model_places_1504_tokens_and_8192_pixels() -> None:
+def test_the_published_model_supports_1504_tokens_and_8192_pixels() -> None:
     limits = PlacementLimits(1536, 512, 512)
     assert limits.caption_tokens == 1504
     assert (limits.width_px, limits.height_px) == (8192, 8192)
 
 
 @given(st.integers(34, 5000))
-def test_the_longest_caption_leaves_its_picture_a_row_and_one_more_would_not(rows: int) -> None:
+def test_the_longest_caption_leaves_a_frame_for_its_image_and_one_more_would_not(rows: int) -> None:
     limit = PlacementLimits(frames=rows).caption_tokens
     assert padded(limit) + 1 <= rows - 1
     assert padded(limit + 1) + 1 > rows - 1

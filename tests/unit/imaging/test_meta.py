@@ -1,4 +1,4 @@
-"""The real architecture, built from its configurations alone, has exactly the tensors of the published weights."""
+"""The real architecture, built only from its configurations, has exactly the tensors of the published weights."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from zcore.imaging.model.loader import Networks, build_meta
+from zcore.imaging.weights.loader import Networks, build_meta
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_the_text_encoders_tensors_are_those_of_its_index(networks: Networks, la
     assert _parameters(networks.text_encoder) * 2 == index["metadata"]["total_size"] == 4_022_468_096 * 2
 
 
-def test_the_vae_is_of_the_published_size(networks: Networks) -> None:
+def test_the_vae_has_the_published_size(networks: Networks) -> None:
     assert len(networks.vae.state_dict()) == 244
     assert _parameters(networks.vae) == 83_819_683
 

@@ -18,7 +18,7 @@ def test_eight_steps_at_shift_three_are_eight_forwards_on_the_published_grid() -
     assert sigmas(8, 3.0) == pytest.approx([1, 21 / 22, 9 / 10, 5 / 6, 3 / 4, 9 / 14, 1 / 2, 3 / 10, 0], abs=1e-15)
 
 
-def test_nine_steps_are_nine_forwards_on_a_grid_of_their_own() -> None:
+def test_nine_steps_are_nine_forwards_on_their_own_grid() -> None:
     expected = [1, 0.96, 0.913, 0.857, 0.789, 0.706, 0.6, 0.462, 0.273, 0]
     assert sigmas(9, 3.0) == pytest.approx(expected, abs=5e-4)
 
@@ -50,9 +50,7 @@ DIFFUSERS_FORWARDS = {
 
 
 @pytest.mark.parametrize(("strength", "expected"), DIFFUSERS_FORWARDS.items())
-def test_the_rule_of_diffusers_rounds_up_to_a_step_of_the_full_grid(
-    strength: float, expected: tuple[int, float]
-) -> None:
+def test_the_diffusers_rule_rounds_up_to_a_step_of_the_full_grid(strength: float, expected: tuple[int, float]) -> None:
     levels = sigmas(8, 3.0, strength, "diffusers")
     assert (len(levels) - 1, levels[0]) == (expected[0], pytest.approx(expected[1], abs=5e-4))
     assert levels == sigmas(8, 3.0)[-len(levels) :]
@@ -75,6 +73,6 @@ def test_at_whole_steps_both_rules_are_the_same(forwards: int) -> None:
 
 
 @given(STEPS, st.floats(1e-9, 1.0))
-def test_every_strength_paints_at_least_one_step_by_either_rule(steps: int, strength: float) -> None:
+def test_every_strength_runs_at_least_one_step_by_either_rule(steps: int, strength: float) -> None:
     assert len(sigmas(steps, 3.0, strength)) >= 2
     assert len(sigmas(steps, 3.0, strength, "diffusers")) >= 2

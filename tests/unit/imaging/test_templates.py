@@ -1,13 +1,13 @@
-"""Templates: read with their mistakes named, and the shipped ones fit to use."""
+"""Templates: errors name the file, and the shipped templates are usable."""
 
 from pathlib import Path
 
 import pytest
 
 from zcore.errors import ConfigurationError, InvalidRequest
-from zcore.imaging.text.formatter import format_prompt
-from zcore.imaging.text.templates import TemplateLibrary
-from zcore.imaging.text.token_count import TokenCounter
+from zcore.prompt.formatter import format_prompt
+from zcore.prompt.templates import TemplateLibrary
+from zcore.prompt.token_count import TokenCounter
 
 SHIPPED = Path(__file__).resolve().parents[3] / "templates" / "z_image"
 
@@ -17,17 +17,17 @@ def test_front_matter_and_body_are_read_from_any_depth(tmp_path: Path) -> None:
     nested.mkdir(parents=True)
     (nested / "woodcut.md").write_text(
         "---\nname: wood\ncategory: art\ndescription: Cut in wood.\nmodel: z-image\nadd_think_block: false\n"
-        "thinking_content: knives\nassistant_content: ink\n---\n\nPaint as cut in wood.\n\n---\n\nBlack ink.\n"
+        "thinking_content: knives\nassistant_content: ink\n---\n\nDraw as cut in wood.\n\n---\n\nBlack ink.\n"
     )
     template = TemplateLibrary.load(tmp_path).get("wood")
-    assert template.body == "Paint as cut in wood.\n\n---\n\nBlack ink."
+    assert template.body == "Draw as cut in wood.\n\n---\n\nBlack ink."
     assert (template.category, template.description) == ("art", "Cut in wood.")
     assert not template.add_think_block
     assert (template.thinking_content, template.assistant_content) == ("knives", "ink")
 
 
 @pytest.mark.parametrize("content", ["Only a body.", "---\n---\nOnly a body.", "---\n# nothing\n---\nOnly a body."])
-def test_what_the_front_matter_leaves_out_has_a_default(tmp_path: Path, content: str) -> None:
+def test_keys_missing_from_the_front_matter_have_defaults(tmp_path: Path, content: str) -> None:
     (tmp_path / "plain.md").write_text(content)
     template = TemplateLibrary.load(tmp_path).get("plain")
     assert template.body == "Only a body."
@@ -35,7 +35,7 @@ def test_what_the_front_matter_leaves_out_has_a_default(tmp_path: Path, content:
     assert template.thinking_content == template.assistant_content == ""
 
 
-def test_line_ends_and_marks_of_other_editors_are_read(tmp_path: Path) -> None:
+def test_line_ends_and_byte_order_marks_of_other_editors_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "windows.md").write_bytes(b"\xef\xbb\xbf---\r\ncategory: art\r\n---\r\nOne.\r\nTwo.\r\n")
     template = TemplateLibrary.load(tmp_path).get("windows")
     assert (template.category, template.body) == ("art", "One.\nTwo.")
@@ -50,30 +50,30 @@ def test_line_ends_and_marks_of_other_editors_are_read(tmp_path: Path) -> None:
         ("---\nname: ''\n---\nbody", "name"),
         ("---\n: : :\n  - x\n---\nbody", "wrong.md"),
         ("---\njust words\n---\nbody", "object"),
-        ("---\nname: endless\n", "never ends"),
+        ("---\nname: endless\n", "no closing `---`"),
     ],
 )
-def test_a_mistake_is_named_with_its_file(tmp_path: Path, content: str, complaint: str) -> None:
+def test_an_error_names_its_file(tmp_path: Path, content: str, complaint: str) -> None:
     (tmp_path / "wrong.md").write_text(content)
     with pytest.raises(ConfigurationError, match=complaint) as refusal:
         TemplateLibrary.load(tmp_path)
     assert "wrong.md" in refusal.value.message
 
 
-def test_bytes_that_are_no_text_are_a_mistake(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "wrong.md").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigurationError, match=r"wrong\.md"):
         TemplateLibrary.load(tmp_path)
 
 
-def test_two_templates_of_one_name_are_a_mistake(tmp_path: Path) -> None:
+def test_two_templates_with_one_name_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("---\nname: same\n---\n")
     (tmp_path / "b.md").write_text("---\nname: same\n---\n")
     with pytest.raises(ConfigurationError, match=r"b\.md.*`same`"):
         TemplateLibrary.load(tmp_path)
 
 
-def test_a_later_folder_adds_templates_and_takes_the_place_of_earlier_ones(tmp_path: Path) -> None:
+def test_a_later_folder_adds_templates_and_replaces_earlier_ones(tmp_path: Path) -> None:
     own = tmp_path / "own" / "art"
     own.mkdir(parents=True)
     (own / "art_oil.md").write_text("Thick paint.")
@@ -85,12 +85,12 @@ def test_a_later_folder_adds_templates_and_takes_the_place_of_earlier_ones(tmp_p
     assert both.get("photography") == shipped.get("photography")
 
 
-def test_a_folder_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="templates_dir"):
         TemplateLibrary.load(SHIPPED, tmp_path / "nowhere")
 
 
-def test_an_unknown_template_is_the_callers_mistake_and_near_names_are_told() -> None:
+def test_an_unknown_template_is_the_callers_error_and_near_names_are_suggested() -> None:
     with pytest.raises(InvalidRequest, match=r"`photograpy`; did you mean `photography`") as refusal:
         TemplateLibrary.load(SHIPPED).get("photograpy")
     assert [error.pointer for error in refusal.value.errors] == ["/template"]
@@ -102,7 +102,7 @@ def test_the_empty_library_has_no_template() -> None:
         TemplateLibrary.empty().get("photography")
 
 
-def test_the_shipped_templates_are_described_sorted_into_folders_and_leave_the_layout_alone() -> None:
+def test_the_shipped_templates_have_descriptions_and_folders_and_change_only_the_system_prompt() -> None:
     library = TemplateLibrary.load(SHIPPED)
     assert len(library.names()) >= 12
     assert "photography" in library.names()

@@ -1,8 +1,7 @@
-"""A checkpoint in the real layout with random weights: small enough for a test, deep enough that nothing is neutral.
+"""A checkpoint in the real layout with random weights: small enough for tests, deep enough that every part matters.
 
-Takes a folder; writes what `ZImagePipeline.save_pretrained` of diffusers writes. Every class is the stock one. Padding
-tokens and modulation weights are made large, because at their usual small start values a wrong padding or time would
-hardly show.
+Written by `ZImagePipeline.save_pretrained` of diffusers, with its own classes. Padding tokens and modulation weights
+are enlarged, because with their usual small initial values a wrong padding or time would hardly show.
 """
 
 import json
@@ -15,7 +14,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK_TOKENS = ("<think>", "</think>")
-# Where Qwen's tokenizers cut text.
+# How Qwen's tokenizers split text.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -28,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tiny_checkpoint(folder: Path) -> Path:
-    """Random, and the same each time."""
+    """Write random weights, the same each time."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         _write_tokenizer(folder / "tokenizer")
@@ -94,7 +93,7 @@ def _vae() -> AutoencoderKL:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Every byte is a token, and so is every mark; the think marks are not "special", as in the real one."""
+    """Write a tokenizer of bytes and control tokens; as in the real one, the think tokens are not "special"."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.normalizer = normalizers.NFC()

@@ -1,1 +1,1 @@
-"""From noise to latents: which noise levels, and the walk along them."""
+"""Sampling arithmetic: noise levels, Euler steps, guidance, multi-pass plans."""

@@ -1,7 +1,7 @@
-"""The passes of a generation: one after the other, each larger than the last.
+"""Multi-pass generation: the plan of each pass, and latents enlarged from one pass to the next.
 
-Takes a request; gives what each pass has to do, which is one pass where the request names none. `enlarged` carries
-latents from a pass to the next without a trip through pixels. Does not know the model.
+A request without passes is planned as one. Latents are enlarged directly, without decoding to pixels. Does not depend
+on the model.
 """
 
 from dataclasses import dataclass
@@ -9,46 +9,46 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-from zcore.imaging.geometry import LatentSize, latent_size
+from zcore.checkpoint.geometry import LatentSize, latent_size
 from zcore.imaging.sampling.guidance import Guidance
 from zcore.imaging.sampling.schedule import sigmas
 from zcore.request import Dype, GenerationRequest, Pass, SkipLayerGuidance
 from zcore.sizes import SIDE_MULTIPLE_PX
 
 REFINING_STRENGTH = 0.5
-"""How much a pass paints anew of the one before it, where the request does not say."""
+"""Strength of every pass but the first, if the request does not give one."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPass:
-    """One pass: its size, its noise levels (the last is 0), its guidance of both kinds, its positions."""
+    """One pass: its size in pixels, its noise levels (the last is 0), its guidance, its position extrapolation."""
 
     width: int
     height: int
-    levels: tuple[float, ...]
+    sigmas: tuple[float, ...]
     guidance: Guidance
     slg: SkipLayerGuidance | None
     dype: Dype | None
 
     @property
     def forwards(self) -> int:
-        """Steps of this pass."""
-        return len(self.levels) - 1
+        """Number of steps of this pass."""
+        return len(self.sigmas) - 1
 
     @property
     def size(self) -> LatentSize:
-        """Of its latents."""
+        """Size of its latents."""
         return latent_size(self.width, self.height)
 
 
 def plan(request: GenerationRequest) -> list[PlannedPass]:
-    """All passes in order; the last has the request's own size."""
+    """Return all passes in order; the last has the request's own size."""
     passes = request.passes or (Pass(scale=1.0, strength=request.strength if request.image else None),)
     return [_planned(request, one, index) for index, one in enumerate(passes)]
 
 
 def enlarged(latents: Tensor, size: LatentSize) -> Tensor:
-    """Latents (B, 16, h, w) of any dtype at another size, bicubic; the same where the size is the same."""
+    """Return latents (B, 16, h, w) resized to `size`, bicubic, in their own dtype; unchanged if the size is equal."""
     if latents.shape[2:] == (size.height, size.width):
         return latents
     grown = functional.interpolate(latents.float(), size=(size.height, size.width), mode="bicubic", align_corners=False)
@@ -65,7 +65,7 @@ def _planned(request: GenerationRequest, one: Pass, index: int) -> PlannedPass:
     return PlannedPass(
         width=_scaled(request.width, one.scale),
         height=_scaled(request.height, one.scale),
-        levels=tuple(levels),
+        sigmas=tuple(levels),
         guidance=Guidance(scale, request.cfg_normalization, request.cfg_truncation),
         slg=one.slg or request.slg,
         dype=one.dype or request.dype,
@@ -73,5 +73,5 @@ def _planned(request: GenerationRequest, one: Pass, index: int) -> PlannedPass:
 
 
 def _scaled(side_px: int, scale: float) -> int:
-    whole = round(side_px * scale, 6)  # 1440 * 0.7 is just below 1008
+    whole = round(side_px * scale, 6)  # in floating point 1440 * 0.7 is slightly less than 1008
     return int(whole) // SIDE_MULTIPLE_PX * SIDE_MULTIPLE_PX

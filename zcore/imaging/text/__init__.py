@@ -1,1 +1,1 @@
-"""From a prompt to its embedding: templates, the chat layout, tokens, the text encoder, its cache."""
+"""From token ids to embeddings: the text encoder, its cache, long prompts, and embedding files."""

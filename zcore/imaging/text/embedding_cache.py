@@ -1,8 +1,7 @@
-"""Embeddings of prompts that were asked for before.
+"""Cache of prompts' embeddings in main memory.
 
-Takes embeddings with their keys; gives them back until the bound in bytes makes it forget the one unused for longest.
-Keeps them in main memory. A key has to name everything that decides an embedding: `key_of` makes one. Belongs to one
-pipeline and its thread.
+When the limit in bytes is exceeded, the least recently used embedding is dropped. A key must cover everything that
+determines an embedding: `key_of` computes one. A cache serves one pipeline in one thread.
 """
 
 import hashlib
@@ -14,8 +13,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class CacheUse:
-    """How the cache has served so far."""
+class CacheStatistics:
+    """Hits and misses since the start; number of cached embeddings and their size in bytes."""
 
     hits: int
     misses: int
@@ -24,17 +23,17 @@ class CacheUse:
 
 
 class EmbeddingCache:
-    """Least recently used goes first. A bound of 0 keeps nothing."""
+    """Least recently used cache. A limit of 0 bytes disables it."""
 
-    def __init__(self, bound_bytes: int) -> None:
-        self._bound_bytes = bound_bytes
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
         self._entries: OrderedDict[str, Tensor] = OrderedDict()
         self._held_bytes = 0
         self._hits = 0
         self._misses = 0
 
     def get(self, key: str) -> Tensor | None:
-        """The embedding, in main memory, not to be written to; None when it has to be computed."""
+        """Return the embedding, in main memory and not to be modified, or None if it is not cached."""
         found = self._entries.get(key)
         if found is None:
             self._misses += 1
@@ -44,22 +43,22 @@ class EmbeddingCache:
         return found
 
     def put(self, key: str, embedding: Tensor) -> None:
-        """Keep an embedding; one larger than the whole bound is not kept."""
-        if embedding.nbytes > self._bound_bytes:
+        """Store an embedding, unless it is larger than the whole limit."""
+        if embedding.nbytes > self._limit_bytes:
             return
         if key in self._entries:
             self._held_bytes -= self._entries.pop(key).nbytes
         self._entries[key] = embedding.cpu()
         self._held_bytes += embedding.nbytes
-        while self._held_bytes > self._bound_bytes:
+        while self._held_bytes > self._limit_bytes:
             _key, oldest = self._entries.popitem(last=False)
             self._held_bytes -= oldest.nbytes
 
-    def use(self) -> CacheUse:
-        """Hits and misses since the start, and what is held now."""
-        return CacheUse(self._hits, self._misses, len(self._entries), self._held_bytes)
+    def statistics(self) -> CacheStatistics:
+        """Return the hits and misses since the start, and the current content."""
+        return CacheStatistics(self._hits, self._misses, len(self._entries), self._held_bytes)
 
 
-def key_of(token_ids: Sequence[int], *decided_by: str) -> str:
-    """SHA-256 of the tokens and of everything else that decides their embedding: checkpoint, layer, dtype, device."""
-    return hashlib.sha256("\0".join([*decided_by, ",".join(map(str, token_ids))]).encode()).hexdigest()
+def key_of(token_ids: Sequence[int], *determined_by: str) -> str:
+    """Return the SHA-256 of the tokens and of what else determines their embedding: checkpoint, layer, dtype..."""
+    return hashlib.sha256("\0".join([*determined_by, ",".join(map(str, token_ids))]).encode()).hexdigest()

@@ -1,17 +1,18 @@
-"""Embeddings of more tokens than the transformer can place, condensed to fit.
+"""Compression of embeddings with more tokens than the transformer supports.
 
-Takes an embedding, the limit and the mode; gives what fits. The layout's tail (the end of the user's message and the
-assistant's line), on which a causal encoder has gathered the whole prompt, is never touched: only what stands before it
-is condensed. Does not know text. The mode `truncate` works on tokens: see `token_count`.
+Takes an embedding, the limit, and the mode. Compresses only what precedes the chat format's tail (the end of the user's
+message and the assistant's line): in the tail, a causal encoder has accumulated the whole prompt. The mode `truncate`
+works on tokens: see `token_count`.
 
-The modes are those of the prototype (`llm-dit-experiments`), written from their formulas:
+The modes are those of the prototype (`llm-dit-experiments`), implemented from their formulas:
 
-* `interpolate` resamples linearly and keeps both end points: row j of M lies at x = j (n - 1) / (M - 1) of n rows;
+* `interpolate` resamples linearly and preserves both end points: row j of M lies at x = j (n - 1) / (M - 1) of n rows;
 * `pool` averages rows floor(j n / M) .. ceil((j + 1) n / M) - 1;
-* `attention_pool` averages within M equal regions, rows that differ from their neighbours counting more: importance is
-  1 - mean cosine to the rows at distance 1 and 2, shifted to a minimum of 0.1, weights its softmax in the region.
+* `attention_pool` averages within M equal regions, with more weight on rows that differ from their neighbours:
+  importance is 1 - mean cosine to the rows at distance 1 and 2, shifted to a minimum of 0.1, and the weights are its
+  softmax within the region.
 
-All compute in float32 and give the dtype they got.
+All compute in float32 and return the input's dtype.
 """
 
 from typing import Literal
@@ -20,20 +21,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zcore.imaging.text.token_count import room_before_tail
+from zcore.prompt.token_count import tokens_before_tail
 
 CompressionMode = Literal["interpolate", "pool", "attention_pool"]
 LEAST_IMPORTANCE = 0.1
 
 
 def compress(embeds: Tensor, tail: int, limit: int, mode: CompressionMode) -> Tensor:
-    """(min(n, limit), hidden) of `embeds` (n, hidden); the last `tail` rows as they are. A copy only where needed."""
+    """Compress `embeds` (n, hidden) to (min(n, limit), hidden); the last `tail` rows are unchanged.
+
+    Returns `embeds` itself if it fits. Raises `PromptTooLong` if the tail alone reaches the limit.
+    """
     if embeds.shape[0] <= limit:
         return embeds
     before = embeds[: embeds.shape[0] - tail]
-    rows = room_before_tail(tail, limit)
-    condensed = _CONDENSE[mode](before.float(), rows).to(embeds.dtype)
-    return torch.cat((condensed, embeds[embeds.shape[0] - tail :]))
+    rows = tokens_before_tail(tail, limit)
+    compressed = _COMPRESS[mode](before.float(), rows).to(embeds.dtype)
+    return torch.cat((compressed, embeds[embeds.shape[0] - tail :]))
 
 
 def _interpolate(rows: Tensor, count: int) -> Tensor:
@@ -56,7 +60,7 @@ def _attention_pool(rows: Tensor, count: int) -> Tensor:
 
 
 def _importance(rows: Tensor) -> Tensor:
-    """(n,): how much each row differs from its neighbours at distance 1 and 2."""
+    """Return how much each row differs from its neighbours at distance 1 and 2, (n,)."""
     units = functional.normalize(rows, dim=1)
     alike = torch.zeros(rows.shape[0], device=rows.device)
     neighbours = torch.zeros_like(alike)
@@ -69,4 +73,4 @@ def _importance(rows: Tensor) -> Tensor:
     return importance - importance.min() + LEAST_IMPORTANCE
 
 
-_CONDENSE = {"interpolate": _interpolate, "pool": _pool, "attention_pool": _attention_pool}
+_COMPRESS = {"interpolate": _interpolate, "pool": _pool, "attention_pool": _attention_pool}

@@ -1,0 +1,1 @@
+"""The admin pages: one module per page, plus sessions, rendering and formatting."""

@@ -1,0 +1,1 @@
+"""The outer layer of the API: hostile bytes, slow clients and what holds for every answer."""

@@ -1,0 +1,1 @@
+"""Inputs of a job: images and LoRAs, fetched and loaded."""

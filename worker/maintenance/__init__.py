@@ -1,0 +1,1 @@
+"""Periodic maintenance: repairs the effects of crashes and outages, and deletes expired data."""

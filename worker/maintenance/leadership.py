@@ -1,0 +1,80 @@
+"""Whether this process is the one that does the maintenance."""
+
+import os
+import random
+import secrets
+import socket
+import time
+from collections.abc import Callable
+
+from zcore.jobs import leadership
+from zcore.jobs.database import Database
+from zcore.telemetry import log
+
+WORK = "maintenance"
+TERM_S = 8.0
+"""How long a leader leads without renewing its term; one that is killed is replaced after that."""
+RENEWAL_INTERVAL_S = 2.5
+LONGEST_JITTER_S = 1.5
+"""How much later than the end of a leader's term another process looks, so that not all of them look at once."""
+
+
+class Leadership:
+    """Takes the leadership when it is free, and renews it. Used by one thread; `is_held` by any."""
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` returns seconds that pass steadily."""
+        self._database = database
+        self._clock = clock
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._held_until = float("-inf")
+        self._look_at = float("-inf")
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process leads now. What it begins later must ask again."""
+        return self._clock() < self._held_until
+
+    def seek(self) -> bool:
+        """Take or renew the leadership if it is time to, and return whether this process leads.
+
+        Raises `DatabaseError`.
+        """
+        asked_at = self._clock()
+        if asked_at < self._look_at:
+            return self.is_held
+        if not self.is_held and not self._is_free(asked_at):
+            return False
+        with self._database.write() as transaction:
+            taken = leadership.take(transaction, WORK, self.holder, TERM_S)
+        if not taken:
+            self.lose()
+            return False
+        if not self.is_held:
+            log.info("maintenance.leading", holder=self.holder)
+        # Counted from before the database was asked, so that the term never ends later here than there.
+        self._held_until = asked_at + TERM_S
+        self._look_at = asked_at + RENEWAL_INTERVAL_S
+        return True
+
+    def lose(self) -> None:
+        """Stop leading, because the database names another leader."""
+        if self.is_held:
+            log.warning("maintenance.leadership_lost", holder=self.holder)
+        self._held_until = float("-inf")
+
+    def resign(self) -> None:
+        """Stop leading, and let another process lead. Raises `DatabaseError`."""
+        if self.is_held:
+            self._held_until = float("-inf")
+            with self._database.write() as transaction:
+                leadership.resign(transaction, WORK, self.holder)
+
+    def _is_free(self, asked_at: float) -> bool:
+        """Return whether nobody leads; if somebody does, do not look again before that term is over."""
+        with self._database.read() as transaction:
+            remaining_s = leadership.remaining_s(transaction, WORK)
+        if remaining_s <= 0:
+            return True
+        self._look_at = asked_at + remaining_s + random.uniform(0, LONGEST_JITTER_S)
+        return False

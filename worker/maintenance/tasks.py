@@ -1,0 +1,130 @@
+"""The periodic tasks, one function each. Each may be interrupted at any point and run again."""
+
+from collections.abc import Callable
+
+from zcore.errors import StorageError
+from zcore.jobs import claims, leftovers, queries, recovery, uploads, workers
+from zcore.jobs.database import Database
+from zcore.stages import Stage
+from zcore.storage import Storage
+from zcore.telemetry import log
+
+# If no worker has been notified of a due job for this long, a worker is notified again. A worker that has received its
+# notification claims the job within a fraction of this time.
+NOTIFY_AGAIN_AFTER_S = 0.5
+MAX_EXPIRED_PER_RUN = 50
+MAX_LEFTOVERS_PER_RUN = 50
+MAX_KEYS_PER_STATEMENT = 5_000
+GIVE_UP_AFTER = 3
+"""Number of failures in a row after which storage is considered away until the next run."""
+
+
+def rescue_jobs(database: Database, on_ended: Callable[[], None]) -> None:
+    """Return jobs of dead workers to the queue, or end them. Calls `on_ended` if a job ended."""
+    with database.write() as transaction:
+        rescued = recovery.rescue(transaction)
+    for job in rescued:
+        log.warning("job.rescued", job_id=str(job.id), attempt=job.attempt, status=job.status, worker=job.worker)
+    if any(job.completed_at is not None for job in rescued):
+        on_ended()
+
+
+def notify_again(database: Database, notify_again: Callable[[Stage, int], None]) -> None:
+    """Notify idle workers of due jobs that no worker has recently been notified of.
+
+    `notify_again` gets a stage and the number of notifications that may be unread then: one for each such job, but no
+    more than idle workers serve the stage. A busy worker claims its next job without a notification, and a worker that
+    starts looks for jobs by itself.
+    """
+    unread: dict[Stage, int] = {}
+    with database.write() as transaction:
+        for stage in Stage:
+            idle = workers.count_idle(transaction, stage)
+            if idle and (marked := recovery.mark_notified(transaction, stage, NOTIFY_AGAIN_AFTER_S, idle)):
+                unread[stage] = marked
+    for stage, count in unread.items():
+        notify_again(stage, count)
+
+
+def promote_jobs(database: Database) -> None:
+    """Make scheduled jobs ready that are due."""
+    with database.write() as transaction:
+        claims.promote(transaction)
+
+
+def maintain_marks(database: Database) -> None:
+    """Adapt the marks at which claims begin to the jobs that are in the queue."""
+    with database.write() as transaction:
+        claims.advance_marks(transaction)
+        claims.repair_marks(transaction)
+
+
+def expire_jobs(database: Database, storage: Storage, is_leading: Callable[[], bool]) -> None:
+    """Delete images past their retention, then mark their jobs as expired.
+
+    After a crash between the two, the job is unchanged and the next run deletes its images again.
+    """
+    with database.read() as transaction:
+        jobs = queries.past_retention(transaction, MAX_EXPIRED_PER_RUN)
+    for job in jobs:
+        if not is_leading():
+            return
+        try:
+            storage.delete([output.key for output in job.outputs])
+        except StorageError as fault:
+            log.warning("job.expiry_failed", job_id=str(job.id), error=fault.message)
+            continue
+        with database.write() as transaction:
+            expired = recovery.expire(transaction, job.id)
+        if expired is not None:
+            log.info("job.expired", job_id=str(job.id))
+
+
+def delete_leftovers(database: Database, storage: Storage, is_leading: Callable[[], bool]) -> None:
+    """Delete the objects of ended jobs that belong to no row, then the rows that name them.
+
+    Jobs may end in any process, and a lost worker may store its last object later, so only this task deletes them. Keys
+    are computed; storage is not listed. What cannot be deleted is tried again later, and stops nothing else.
+    """
+    with database.write() as transaction:
+        due = leftovers.claim_due(transaction, MAX_LEFTOVERS_PER_RUN)
+    failures = 0
+    for leftover in due:
+        if failures == GIVE_UP_AFTER or not is_leading():
+            return
+        try:
+            storage.delete(leftovers.keys(leftover))
+        except StorageError as fault:
+            failures += 1
+            log.warning("leftovers.deletion_failed", job_id=str(leftover.job_id), error=fault.message)
+            continue
+        failures = 0
+        with database.write() as transaction:
+            leftovers.forget(transaction, leftover)
+
+
+def expire_uploads(database: Database, storage: Storage) -> None:
+    """Delete uploads past their retention.
+
+    Objects are deleted first while their rows are locked: a new upload of the same bytes waits, and then stores them
+    again.
+    """
+    with database.write() as transaction:
+        expired = uploads.past_retention(transaction, MAX_EXPIRED_PER_RUN)
+        storage.delete([row.storage_key for row in expired])
+        uploads.forget(transaction, expired)
+    if expired:
+        log.info("uploads.expired", count=len(expired))
+
+
+def forget_old_rows(database: Database) -> None:
+    """Delete old idempotency keys, and workers that have not been seen for a day.
+
+    After a pause of maintenance there may be millions of keys: more than one statement may take time for.
+    """
+    with database.write() as transaction:
+        workers.forget_lost(transaction)
+    more = True
+    while more:
+        with database.write() as transaction:
+            more = recovery.forget_idempotency_keys(transaction, MAX_KEYS_PER_STATEMENT)

@@ -1,0 +1,1 @@
+"""Webhook delivery: signed requests that report ended jobs, retried by schedule."""

@@ -1,0 +1,1 @@
+"""A checkpoint's folder without its weights: files, sizes, layer counts, default shift. Needs no torch."""

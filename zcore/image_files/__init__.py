@@ -1,0 +1,1 @@
+"""Image files: opening those that callers send, and writing those that are generated. Needs no torch."""

@@ -1,0 +1,1 @@
+"""The networks: their layers, with the weights' names of diffusers and transformers."""

@@ -1,0 +1,1 @@
+"""LoRAs: reading their files, and applying them to a network."""

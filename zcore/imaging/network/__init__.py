@@ -1,0 +1,1 @@
+"""The diffusion transformer and the VAE as functions of tensors."""

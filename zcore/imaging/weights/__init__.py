@@ -1,0 +1,1 @@
+"""Weights: loading, quantization, and offloading."""
