@@ -119,10 +119,10 @@ def attempts_are_bounded(facts: Facts) -> Iterator[str]:
 
 
 def timelines_follow_the_transition_table(facts: Facts) -> Iterator[str]:
-    """Every event of a job is allowed in the state that the event before it led to."""
+    """Every event of a job is allowed in the state that the event before it led to; the first, in QUEUED."""
     for job_id, events in facts.events.items():
         state = State.QUEUED
-        for event in events[1:]:
+        for event in events:
             allowed = [transition for transition in TRANSITIONS if transition.event == event]
             reached = [transition.target for transition in allowed if state in transition.sources]
             if allowed and not reached:

@@ -431,7 +431,7 @@ class JobMachine(RuleBasedStateMachine):
         self.clock.advance(LEFTOVER_DELAY.total_seconds())
         over = [job for job in self.expected.values() if job.left_over]
         with self.database.write() as transaction:
-            due = leftovers.due(transaction, 100)
+            due = leftovers.claim_due(transaction, 100)
             assert {one.job_id for one in due} == {job.id for job in over}
             assert all(leftovers.forget(transaction, one) for one in due)
         for job in over:
