@@ -274,6 +274,7 @@ def plan(database: Database, ask: Any) -> str:
 def test_frequent_queries_use_an_index_without_sorting(database: Database, clock: Clock) -> None:
     fill(database, clock, 3000)
     insert_copies(database, row(submit(database)), [{}] * 1000)
+    clock.advance(timedelta(days=30).total_seconds())  # the images of thirty jobs are to be deleted
     questions: list[tuple[str, Any]] = [
         ("ix_queue_ready", lambda transaction: claims.claim(transaction, "gpu-1", LEASE_S, [Stage.GENERATE])),
         ("ix_queue_ready", lambda transaction: claims.claim(transaction, "cpu-1", LEASE_S, [Stage.ENCODE])),
