@@ -75,6 +75,5 @@ def _store(
     with database.write() as transaction:
         row = uploads.mark_stored(transaction, recorded, retention_s)
     if row is None:
-        storage.delete([recorded.storage_key])
         raise StorageError(f"{recorded.storage_key}: storing the image took too long")
     return UploadedInput(f"input:{row.sha256}", row.width, row.height, row.format, row.bytes, row.expires_at)

@@ -13,8 +13,8 @@ from server.callers import admin_only
 from server.dependencies import NamedCaller, NamedDatabase, NamedStorage, NamedThreads
 from server.problems import refusal
 from server.schemas import LoraList, RegisteredLora
-from zcore.errors import Conflict, FieldError, InvalidRequest, StorageError
-from zcore.jobs import lora_library
+from zcore.errors import Conflict, FieldError, InvalidRequest
+from zcore.jobs import leftovers, lora_library
 from zcore.jobs.database import Database
 from zcore.jobs.lora_library import UploadedLora
 from zcore.jobs.models import Lora
@@ -22,7 +22,6 @@ from zcore.request import LoraName
 from zcore.safetensors_header import InvalidSafetensors, read_safetensors_header
 from zcore.storage import Storage
 from zcore.storage_keys import new_lora_key
-from zcore.telemetry import log
 
 
 @post(
@@ -81,18 +80,12 @@ def list_loras(caller: NamedCaller, database: NamedDatabase) -> LoraList:
     responses={
         404: refusal("There is no such LoRA"),
     },
+    sync_to_thread=True,
 )
-async def remove_lora(
-    name: FromPath[str], database: NamedDatabase, storage: NamedStorage, threads: NamedThreads
-) -> None:
+def remove_lora(name: FromPath[str], database: NamedDatabase) -> None:
     """Answers 204. Requires the admin key. Queued jobs that use it will fail."""
-    await threads.storage.run(_remove, database, storage, name)
-
-
-def _remove(database: Database, storage: Storage, name: str) -> None:
     with database.write() as transaction:
-        key = lora_library.remove(transaction, name)
-    _delete_file(storage, key)
+        leftovers.add_object(transaction, lora_library.remove(transaction, name))
 
 
 def _register(database: Database, storage: Storage, upload: UploadedLora, body: bytes) -> RegisteredLora:
@@ -105,20 +98,13 @@ def _register(database: Database, storage: Storage, upload: UploadedLora, body: 
     try:
         with database.write() as transaction:
             registered = lora_library.register(transaction, upload, key)
+            if registered.storage_key != key:
+                leftovers.add_object(transaction, key)
     except Conflict:
-        _delete_file(storage, key)
+        with database.write() as transaction:
+            leftovers.add_object(transaction, key)
         raise
-    if registered.storage_key != key:
-        _delete_file(storage, key)
     return _resource(registered)
-
-
-def _delete_file(storage: Storage, key: str) -> None:
-    """Delete a file that no row names. If storage is not available, maintenance finds and deletes it later."""
-    try:
-        storage.delete([key])
-    except StorageError as fault:
-        log.warning("lora.file_left", key=key, error=fault.message)
 
 
 def _checked(name: str, licence: str, content: bytes, *, strict: bool) -> UploadedLora:

@@ -27,8 +27,9 @@ def undelivered(store: Store) -> int:
 
 def hurry_deletions(store: Store) -> None:
     """Let the time pass after which maintenance deletes what lost attempts may have stored."""
-    with suppress(*UNAVAILABLE):  # an older schema has no such table
-        store.execute("UPDATE leftovers SET due_at = '2000-01-01 00:00:00.000000'")
+    for table in ("leftovers", "leftover_objects"):
+        with suppress(*UNAVAILABLE):  # an older schema has no such table
+            store.execute(f"UPDATE {table} SET due_at = '2000-01-01 00:00:00.000000'")
 
 
 def named_keys(store: Store) -> set[str]:

@@ -63,18 +63,17 @@ class Maintenance:
                 partial(tasks.notify_again, database, notify_again),
             ),
             ("deliver_webhooks", lambda due: due.webhooks, on_ended),
+            ("expire_jobs", lambda due: due.expired_jobs, partial(tasks.expire_jobs, database)),
+            ("expire_uploads", lambda due: due.expired_uploads, partial(tasks.expire_uploads, database)),
             ("maintain_marks", _every(MARKS_INTERVAL_S, clock), partial(tasks.maintain_marks, database)),
             ("forget_old_rows", _every(FORGET_INTERVAL_S, clock), partial(tasks.forget_old_rows, database)),
         ]
-        is_leading = self._is_leading
         self._storage_tasks: list[Task] = [
-            ("expire_jobs", lambda due: due.expired_jobs, partial(tasks.expire_jobs, database, storage, is_leading)),
             (
                 "delete_leftovers",
-                lambda due: due.leftovers,
-                partial(tasks.delete_leftovers, database, storage, is_leading),
+                lambda due: due.superfluous_objects,
+                partial(tasks.delete_leftovers, database, storage, self._is_leading),
             ),
-            ("expire_uploads", lambda due: due.expired_uploads, partial(tasks.expire_uploads, database, storage)),
             ("sweep", lambda due: due.sweep, sweep.run),
         ]
         self._due_in_storage: Agenda | None = None
@@ -106,10 +105,10 @@ class Maintenance:
         due = self._ask()
         if due is None:
             return
+        self._run(self._tasks, due)
         if due.needs_storage:
             self._due_in_storage = due
             self._storage_thread.trigger()
-        self._run(self._tasks, due)
 
     def _use_storage(self) -> None:
         due, self._due_in_storage = self._due_in_storage, None

@@ -13,10 +13,10 @@ from zcore.telemetry import log
 # notification claims the job within a fraction of this time.
 NOTIFY_AGAIN_AFTER_S = 0.5
 MAX_EXPIRED_PER_RUN = 50
-MAX_LEFTOVERS_PER_RUN = 50
+LEFTOVERS_PER_BATCH = 3
+"""So few that trying all of them during an outage of storage takes a short time."""
+MAX_BATCHES_PER_RUN = 20
 MAX_KEYS_PER_STATEMENT = 5_000
-GIVE_UP_AFTER = 3
-"""Number of failures in a row after which storage is considered away until the next run."""
 
 
 def rescue_jobs(database: Database, on_ended: Callable[[], None]) -> None:
@@ -59,62 +59,47 @@ def maintain_marks(database: Database) -> None:
         claims.repair_marks(transaction)
 
 
-def expire_jobs(database: Database, storage: Storage, is_leading: Callable[[], bool]) -> None:
-    """Delete images past their retention, then mark their jobs as expired.
-
-    After a crash between the two, the job is unchanged and the next run deletes its images again.
-    """
-    with database.read() as transaction:
+def expire_jobs(database: Database) -> None:
+    """Mark the jobs as expired whose retention is over. Their images are deleted as leftovers."""
+    with database.write() as transaction:
         jobs = queries.past_retention(transaction, MAX_EXPIRED_PER_RUN)
-    for job in jobs:
-        if not is_leading():
-            return
-        try:
-            storage.delete([output.key for output in job.outputs])
-        except StorageError as fault:
-            log.warning("job.expiry_failed", job_id=str(job.id), error=fault.message)
-            continue
-        with database.write() as transaction:
-            expired = recovery.expire(transaction, job.id)
-        if expired is not None:
-            log.info("job.expired", job_id=str(job.id))
+        expired = [job.id for job in jobs if recovery.expire(transaction, job.id) is not None]
+    for job_id in expired:
+        log.info("job.expired", job_id=str(job_id))
+
+
+def expire_uploads(database: Database) -> None:
+    """Delete the rows of uploads whose retention is over. Their bytes are deleted as leftovers."""
+    with database.write() as transaction:
+        expired = uploads.expire(transaction, MAX_EXPIRED_PER_RUN)
+    if expired:
+        log.info("uploads.expired", count=len(expired))
 
 
 def delete_leftovers(database: Database, storage: Storage, is_leading: Callable[[], bool]) -> None:
-    """Delete the objects of ended jobs that belong to no row, then the rows that name them.
+    """Delete the objects that belong to no row, then the rows of `leftovers` that name them.
 
-    Jobs may end in any process, and a lost worker may store its last object later, so only this task deletes them. Keys
-    are computed; storage is not listed. What cannot be deleted is tried again later, and stops nothing else.
+    Objects become superfluous in any process, and a lost worker may store its last one later, so only this task deletes
+    them. Keys are computed; storage is not listed. Whatever is claimed is also tried; what cannot be deleted is tried
+    again later, and stops nothing else. If nothing of a batch can be deleted, storage is away until the next run.
     """
-    with database.write() as transaction:
-        due = leftovers.claim_due(transaction, MAX_LEFTOVERS_PER_RUN)
-    failures = 0
-    for leftover in due:
-        if failures == GIVE_UP_AFTER or not is_leading():
-            return
-        try:
-            storage.delete(leftovers.keys(leftover))
-        except StorageError as fault:
-            failures += 1
-            log.warning("leftovers.deletion_failed", job_id=str(leftover.job_id), error=fault.message)
-            continue
-        failures = 0
+    for _ in range(MAX_BATCHES_PER_RUN):
         with database.write() as transaction:
-            leftovers.forget(transaction, leftover)
-
-
-def expire_uploads(database: Database, storage: Storage) -> None:
-    """Delete uploads past their retention.
-
-    Objects are deleted first while their rows are locked: a new upload of the same bytes waits, and then stores them
-    again.
-    """
-    with database.write() as transaction:
-        expired = uploads.past_retention(transaction, MAX_EXPIRED_PER_RUN)
-        storage.delete([row.storage_key for row in expired])
-        uploads.forget(transaction, expired)
-    if expired:
-        log.info("uploads.expired", count=len(expired))
+            due = leftovers.claim_due(transaction, LEFTOVERS_PER_BATCH)
+        deleted = 0
+        for one in due:
+            if not is_leading():
+                return
+            try:
+                storage.delete(leftovers.keys(one))
+            except StorageError as fault:
+                log.warning("leftovers.deletion_failed", error=fault.message)
+                continue
+            with database.write() as transaction:
+                leftovers.forget(transaction, one)
+            deleted += 1
+        if deleted == 0:
+            return
 
 
 def forget_old_rows(database: Database) -> None:

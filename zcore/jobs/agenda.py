@@ -11,7 +11,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from zcore.jobs import claims, leftovers, queries, recovery, sweeps, uploads, webhooks
 from zcore.jobs.database import Condition, Transaction
-from zcore.jobs.models import Input, Job, Leader, Leftover, QueueEntry, Sweep, WebhookEvent
+from zcore.jobs.models import Input, Job, Leader, Leftover, LeftoverObject, QueueEntry, Sweep, WebhookEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,20 @@ class Agenda:
     unnoticed_jobs: bool
     webhooks: bool
     expired_jobs: bool
-    leftovers: bool
     expired_uploads: bool
+    leftovers: bool
+    leftover_objects: bool
     sweep: bool
+
+    @property
+    def superfluous_objects(self) -> bool:
+        """Whether objects are to be deleted, those included of what is about to expire."""
+        return self.leftovers or self.leftover_objects or self.expired_jobs or self.expired_uploads
 
     @property
     def needs_storage(self) -> bool:
         """Whether anything is due that lists or deletes objects."""
-        return self.expired_jobs or self.leftovers or self.expired_uploads or self.sweep
+        return self.superfluous_objects or self.sweep
 
 
 def ask(transaction: Transaction, work: str, holder: str, overdue_s: float) -> Agenda:
@@ -43,8 +49,9 @@ def ask(transaction: Transaction, work: str, holder: str, overdue_s: float) -> A
         "unnoticed_jobs": _any(QueueEntry.job_id, *recovery.is_unnoticed(transaction, overdue_s)),
         "webhooks": _any(WebhookEvent.id, webhooks.is_due(transaction)),
         "expired_jobs": _any(Job.id, *queries.is_past_retention(transaction)),
-        "leftovers": _any(Leftover.job_id, leftovers.is_due(transaction)),
         "expired_uploads": _any(Input.sha256, uploads.is_past_retention(transaction)),
+        "leftovers": _any(Leftover.job_id, leftovers.is_due(transaction, Leftover)),
+        "leftover_objects": _any(LeftoverObject.key, leftovers.is_due(transaction, LeftoverObject)),
         "sweep": _any(Sweep.prefix, sweeps.is_due(transaction)),
     }
     row = transaction.session.execute(select(*(answer.label(name) for name, answer in answers.items()))).one()

@@ -16,6 +16,7 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from zcore.jobs import states
 from zcore.jobs.database import Transaction
+from zcore.jobs.leftovers import format_of
 from zcore.jobs.models import Event, Job, Leftover, Output, QueueEntry, WebhookEvent
 from zcore.jobs.resource import snapshot
 from zcore.jobs.states import State, Transition
@@ -132,7 +133,7 @@ def _record_leftovers(transaction: Transaction, job: Job, entry: QueueEntry) -> 
             attempts=entry.attempt,
             retained_attempt=entry.attempt if succeeded else None,
             images=job.request["n"],
-            format=job.request.get("format", "png"),  # rows older than the field lack it
+            format=format_of(job),
             due_at=transaction.now + LEFTOVER_DELAY,
         )
     )

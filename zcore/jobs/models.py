@@ -332,7 +332,7 @@ class QueueMark(Table):
 
 
 class Leftover(Table):
-    """An ended job of whose attempts objects may be in storage that belong to no row."""
+    """An ended or expired job of whose attempts objects may be in storage that belong to no row."""
 
     __tablename__ = "leftovers"
 
@@ -341,6 +341,16 @@ class Leftover(Table):
     retained_attempt: Mapped[int | None] = mapped_column(Integer)  # its images are the job's outputs
     images: Mapped[int] = mapped_column(Integer)
     format: Mapped[str] = mapped_column(String(10))
+    due_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+    tries: Mapped[int] = mapped_column(Integer, server_default="0")  # how often deletion has begun
+
+
+class LeftoverObject(Table):
+    """An object in storage that belongs to no row any more, such as an expired upload."""
+
+    __tablename__ = "leftover_objects"
+
+    key: Mapped[str] = mapped_column(Text, primary_key=True)
     due_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
     tries: Mapped[int] = mapped_column(Integer, server_default="0")  # how often deletion has begun
 
@@ -444,7 +454,7 @@ SEARCH_INDEX = table("search_index", column("rowid", Integer), column("terms", T
 
 
 class Input(Table):
-    """An image that a caller uploaded. Its bytes are in storage from `stored_at` until some time after `expires_at`."""
+    """An image that a caller uploaded. Its bytes are in storage from `stored_at` for as long as there is a row."""
 
     __tablename__ = "inputs"
 

@@ -8,7 +8,7 @@ import uuid
 
 from sqlalchemy import delete, select, text, tuple_, update
 
-from zcore.jobs import claims, guarded_update, lifecycle, states
+from zcore.jobs import claims, guarded_update, leftovers, lifecycle, states
 from zcore.jobs.claims import Lease, holds
 from zcore.jobs.database import Condition, Transaction
 from zcore.jobs.guarded_update import NO_LEASE, NO_PROGRESS, cancel_if_requested, record_event
@@ -37,7 +37,7 @@ def rescue(transaction: Transaction) -> list[Job]:
 
 
 def expire(transaction: Transaction, job_id: uuid.UUID) -> Job | None:
-    """SUCCEEDED -> EXPIRED, after the images were deleted from storage; None if the retention time is not over."""
+    """SUCCEEDED -> EXPIRED, and record the images for deletion; None if the retention time is not over."""
     job = transaction.session.scalars(
         update(Job)
         .where(Job.id == job_id, Job.stored_status.in_(states.EXPIRE.sources), Job.expires_at <= transaction.now)
@@ -46,6 +46,7 @@ def expire(transaction: Transaction, job_id: uuid.UUID) -> Job | None:
         .execution_options(synchronize_session=False, populate_existing=True)
     ).one_or_none()
     if job is not None:
+        leftovers.add_images(transaction, job)
         record_event(transaction, job, states.EXPIRE.event, {})
     return job
 

@@ -1,8 +1,8 @@
 """The record of uploaded images, and the check that the inputs of a request exist.
 
-Takes a `Transaction`. A row is committed before its bytes are stored, and deleted after they are deleted, so that no
-object in storage lacks a row. Requests find it only once its bytes are stored. An owner finds only their own uploads
-and images. Does not access storage.
+Takes a `Transaction`. A row is committed before its bytes are stored, and becomes a row of `leftovers` before they are
+deleted, so that no object in storage lacks a row. Requests find it only once its bytes are stored. An owner finds only
+their own uploads and images. Does not access storage.
 """
 
 import uuid
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import ColumnElement, case, literal, null, select, tuple_, union_all
+from sqlalchemy import ColumnElement, case, select, union_all
 
 from zcore.errors import FieldError, InvalidRequest, NotFound
-from zcore.jobs import queries
+from zcore.jobs import leftovers, queries
 from zcore.jobs.database import Transaction
-from zcore.jobs.models import Input, Job, Output, QueueEntry
+from zcore.jobs.models import Input, Job, Output
 from zcore.jobs.states import State
 from zcore.request import INPUT_FIELDS, GenerationRequest, JobOutput, Upload, parse_input_address
 from zcore.storage_keys import new_upload_key
@@ -40,9 +40,8 @@ class UploadedImage:
 def record(transaction: Transaction, owner: str, image: UploadedImage) -> Input:
     """Record an upload whose bytes are about to be stored under the `storage_key` of the row that is returned.
 
-    The row of an earlier upload of the same bytes is used again, and so is its key, unless the upload is past its
-    retention: maintenance may be deleting the object under that key, so the bytes get a new one. Maintenance deletes
-    neither the row nor the bytes within the next ten minutes, and both after that unless `mark_stored` is called.
+    The row of an earlier upload of the same bytes is used again, and so is its key. Maintenance deletes neither the row
+    nor the bytes within the next ten minutes, and both after that unless `mark_stored` is called.
     """
     statement = transaction.insert(Input).values(
         owner=owner,
@@ -57,16 +56,10 @@ def record(transaction: Transaction, owner: str, image: UploadedImage) -> Input:
     later = case(
         (Input.expires_at < statement.excluded.expires_at, statement.excluded.expires_at), else_=Input.expires_at
     )
-    is_past = is_past_retention(transaction)
-    changed = {
-        "expires_at": later,
-        "storage_key": case((is_past, statement.excluded.storage_key), else_=Input.storage_key),
-        "stored_at": case((is_past, null()), else_=Input.stored_at),
-    }
-    # Waits for a transaction that is deleting the row, and then inserts it.
-    recorded = statement.on_conflict_do_update(index_elements=[Input.owner, Input.sha256], set_=changed).returning(
-        Input
-    )
+    # Waits for a transaction that is deleting the row, and then inserts it, with a new key.
+    recorded = statement.on_conflict_do_update(
+        index_elements=[Input.owner, Input.sha256], set_={"expires_at": later}
+    ).returning(Input)
     return transaction.session.scalars(recorded, execution_options={"populate_existing": True}).one()
 
 
@@ -74,11 +67,12 @@ def mark_stored(transaction: Transaction, upload: Input, retention_s: float) -> 
     """Record that the bytes of an upload are stored, and return its row.
 
     It expires `retention_s` seconds from now, or at the later time that an earlier upload of the bytes set. Returns
-    None if maintenance has deleted the row in the meantime, because storing took too long.
+    None if maintenance has deleted the row in the meantime, because storing took too long; the bytes will be deleted.
     """
     key = (upload.owner, upload.sha256)
     row = transaction.session.get(Input, key, with_for_update=True, populate_existing=True)
     if row is None or row.storage_key != upload.storage_key:
+        leftovers.add_object(transaction, upload.storage_key)
         return None
     row.stored_at = transaction.now
     row.expires_at = max(row.expires_at, transaction.now + timedelta(seconds=retention_s))
@@ -96,31 +90,27 @@ def is_past_retention(transaction: Transaction) -> ColumnElement[bool]:
     return Input.expires_at <= transaction.time(-DELETION_DELAY.total_seconds())
 
 
-def past_retention(transaction: Transaction, limit: int) -> Sequence[Input]:
-    """Return up to `limit` expired uploads that no queued or running job uses, locked until the transaction ends."""
-    in_use = union_all(
-        *(
-            select(Job.owner, address).where(Job.id.in_(select(QueueEntry.job_id)), address.is_not(None))
-            for address in (Job.request[name].as_string() for name in INPUT_FIELDS)
-        )
-    )
+def expire(transaction: Transaction, limit: int) -> list[str]:
+    """Delete the rows of up to `limit` expired uploads, record their objects for deletion, and return their keys.
+
+    One that a queued or running job uses expires again now, so that it is looked at again after the delay.
+    """
     statement = (
         select(Input)
-        .where(
-            is_past_retention(transaction),
-            tuple_(Input.owner, literal(str(Upload(""))) + Input.sha256).not_in(in_use),
-        )
+        .where(is_past_retention(transaction))
         .order_by(Input.expires_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    return transaction.session.scalars(statement).all()
-
-
-def forget(transaction: Transaction, uploads: Sequence[Input]) -> None:
-    """Delete the rows of uploads whose bytes were deleted from storage."""
-    for upload in uploads:
+    expired = transaction.session.scalars(statement).all()
+    used = _used(transaction, expired)
+    unused = [upload for upload in expired if upload not in used]
+    for upload in used:
+        upload.expires_at = transaction.now
+    for upload in unused:
         transaction.session.delete(upload)
+        leftovers.add_object(transaction, upload.storage_key)
+    return [upload.storage_key for upload in unused]
 
 
 def check(transaction: Transaction, request: GenerationRequest, owner: str) -> None:
@@ -143,6 +133,18 @@ def output_of_job(transaction: Transaction, job_id: uuid.UUID, position: int, ow
     if job.status != State.SUCCEEDED:
         raise NotFound(f"job {job_id} is {job.status}; only a succeeded job has images")
     return queries.output(transaction, job_id, position, owner)[1]
+
+
+def _used(transaction: Transaction, uploads: Sequence[Input]) -> list[Input]:
+    """Return those of these uploads that a queued or running job names."""
+    addresses = {(upload.owner, str(Upload(upload.sha256))): upload for upload in uploads}
+    owners, texts = ({key[part] for key in addresses} for part in (0, 1))
+    statements = (
+        select(Job.owner, address).where(Job.stored_status == State.QUEUED, Job.owner.in_(owners), address.in_(texts))
+        for address in (Job.request[name].as_string() for name in INPUT_FIELDS)
+    )
+    named = transaction.session.execute(union_all(*statements)) if uploads else ()
+    return [addresses[key] for key in {(owner, address) for owner, address in named} if key in addresses]
 
 
 def _problem(transaction: Transaction, address: str, owner: str) -> str | None:

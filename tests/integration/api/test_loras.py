@@ -21,11 +21,12 @@ from worker.inputs.fetch import InputSource
 from worker.inputs.lora_cache import LoraCache
 from worker.inputs.lora_sources import RegisteredLoras
 from worker.load_model import load_pipeline, read_embedding
+from worker.maintenance import tasks
 from worker.patient_storage import PatientStorage
 from worker.shutdown import Shutdown
 from zcore.image_files.writing import Marks
 from zcore.jobs import claims, lora_library
-from zcore.jobs.models import Lora, WebhookEvent
+from zcore.jobs.models import LeftoverObject, Lora, WebhookEvent
 from zcore.keys import load_keys
 from zcore.storage import open_storage
 
@@ -73,6 +74,9 @@ def stored_path(api: Api, name: str) -> Path:
 
 
 def stored_files(api: Api) -> list[Path]:
+    """Return the files of LoRAs after maintenance has deleted those without a row."""
+    settings = api.installation.settings
+    tasks.delete_leftovers(api.database, open_storage(settings, load_keys(settings).link), lambda: True)
     return [path for path in (api.installation.folder / "storage" / "loras").rglob("*") if path.is_file()]
 
 
@@ -182,6 +186,10 @@ def test_a_lora_is_removed_although_its_file_cannot_be_deleted(open_api: Api) ->
     (path / "obstacle").mkdir(parents=True)  # a folder cannot be deleted as a file
     assert remove(open_api, "night").status_code == 204
     assert listed_names(open_api) == []
+    assert stored_files(open_api) == []
+    with open_api.database.write() as transaction:
+        assert transaction.session.query(LeftoverObject).one().tries == 1, "it is tried again"
+        transaction.session.query(LeftoverObject).delete()
     assert register(open_api, "night").status_code == 201
     assert stored_path(open_api, "night").read_bytes() == NIGHT, "a new file has a new key"
 

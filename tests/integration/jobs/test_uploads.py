@@ -9,7 +9,7 @@ from tests.integration.jobs.examples import Clock, cancel, submission, submit, w
 from zcore.errors import InvalidRequest
 from zcore.jobs import uploads
 from zcore.jobs.database import Database
-from zcore.jobs.models import Input
+from zcore.jobs.models import Input, LeftoverObject
 from zcore.jobs.uploads import UploadedImage
 
 SHA256 = "a" * 64
@@ -36,9 +36,13 @@ def rows(database: Database) -> list[tuple[str, str]]:
 def clear(database: Database) -> int:
     """Delete the expired uploads and return their number."""
     with database.write() as transaction:
-        past = uploads.past_retention(transaction, 10)
-        uploads.forget(transaction, past)
-    return len(past)
+        return len(uploads.expire(transaction, 10))
+
+
+def superfluous(database: Database) -> list[str]:
+    """Return the keys of the objects that are to be deleted."""
+    with database.read() as transaction:
+        return [one.key for one in transaction.session.query(LeftoverObject)]
 
 
 def test_each_owner_has_one_row_for_the_same_bytes(database: Database, clock: Clock) -> None:
@@ -88,7 +92,10 @@ def test_an_upload_stored_after_its_row_was_deleted_is_not_marked(database: Data
     clock.advance(DAY_S)
     assert clear(database) == 1
     with database.write() as transaction:
+        transaction.session.query(LeftoverObject).delete()
+    with database.write() as transaction:
         assert uploads.mark_stored(transaction, late, DAY_S) is None
+    assert superfluous(database) == [late.storage_key], "the late bytes are deleted too"
     with database.write() as transaction:
         again = uploads.record(transaction, "anna", IMAGE)
         assert again.storage_key != late.storage_key, "whoever deletes the late bytes does not delete these"
@@ -105,6 +112,8 @@ def test_bytes_uploaded_again_after_their_retention_get_another_key(database: Da
     with database.write() as transaction:
         assert uploads.record(transaction, "anna", IMAGE).storage_key == first
     clock.advance(3600)
+    assert clear(database) == 1
+    assert superfluous(database) == [first]
     with database.write() as transaction:
         renewed = uploads.record(transaction, "anna", IMAGE)
         assert (renewed.storage_key != first, renewed.stored_at) == (True, None)
@@ -123,17 +132,16 @@ def test_only_the_forgotten_uploads_are_deleted(database: Database, clock: Clock
     clock.advance(2 * DAY_S)
     assert clear(database) == 1
     assert rows(database) == [("ben", SHA256)]
-    with database.write() as transaction:
-        uploads.forget(transaction, [])
-    assert rows(database) == [("ben", SHA256)]
 
 
-def test_an_upload_that_a_queued_job_uses_is_not_deleted(database: Database, clock: Clock) -> None:
+def test_an_upload_that_a_queued_job_uses_is_looked_at_again_in_a_minute(database: Database, clock: Clock) -> None:
     retain(database)
     job = submit(database, image=f"input:{SHA256}")
     clock.advance(2 * DAY_S)
     assert clear(database) == 0
     cancel(database, job.id)
+    assert clear(database) == 0, "it is not due every second"
+    clock.advance(uploads.DELETION_DELAY.total_seconds())
     assert clear(database) == 1
 
 
@@ -153,12 +161,14 @@ def test_an_upload_waits_for_the_deletion_of_the_same_bytes(postgresql: Database
     clock.advance(2 * DAY_S)
     with ThreadPoolExecutor(1) as pool:
         with postgresql.write() as transaction:
-            (past,) = uploads.past_retention(transaction, 10)
+            (key,) = uploads.expire(transaction, 10)
+            transaction.session.flush()
             again = pool.submit(retain, postgresql)
             wait_until_blocked(postgresql)
-            uploads.forget(transaction, [past])
         again.result(30)
     assert rows(postgresql) == [("anna", SHA256)]
+    with postgresql.read() as transaction:
+        assert transaction.session.query(Input).one().storage_key != key
 
 
 def test_an_upload_that_is_being_renewed_is_not_deleted(postgresql: Database, clock: Clock) -> None:

@@ -31,7 +31,7 @@ from zcore.errors import StorageError
 from zcore.image_files.writing import Marks
 from zcore.jobs import claims, lifecycle, queries, recovery, workers
 from zcore.jobs.database import Database
-from zcore.jobs.models import Job, Leftover
+from zcore.jobs.models import Job, Leftover, LeftoverObject
 from zcore.request import GenerationDefaults, RequestLimits, parse_submission
 from zcore.settings import JobsSettings, WebhooksSettings, WorkerSettings
 from zcore.stages import Stage
@@ -183,9 +183,10 @@ class Environment:
             lifecycle.cancel(transaction, job_id)
 
     def delete_leftovers(self) -> None:
-        """Delete the objects that ended jobs have left, as if the delay after their end were over."""
+        """Delete the objects that belong to no row, as if every delay were over."""
         with self.database.write() as transaction:
-            transaction.session.execute(update(Leftover).values(due_at=transaction.now))
+            for table in (Leftover, LeftoverObject):
+                transaction.session.execute(update(table).values(due_at=transaction.now))
         tasks.delete_leftovers(self.database, self.storage, lambda: True)
 
     def patient_storage(self) -> PatientStorage:
