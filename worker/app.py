@@ -175,6 +175,7 @@ def _assemble(process: str, arguments: Sequence[str]) -> _Services:
         interval_s,
         shutdown,
         settings.storage.sweep_min_age_s,
+        settings.jobs.history_s,
     )
     return _Services(settings, shutdown, database, storage, app, notifier, deliverer, maintenance)
 

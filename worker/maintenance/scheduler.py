@@ -23,6 +23,7 @@ from zcore.storage import Storage
 from zcore.telemetry import log
 
 FORGET_INTERVAL_S = 600.0
+HISTORY_INTERVAL_S = 60.0
 MARKS_INTERVAL_S = 15.0
 STORAGE_INTERVAL_S = 60.0
 """How often the thread of the tasks that use storage looks by itself; usually it is triggered."""
@@ -43,12 +44,13 @@ class Maintenance:
         interval_s: float,
         shutdown: Shutdown,
         sweep_min_age_s: float,
+        history_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Ask what there is to do every `interval_s` seconds. The sweep leaves objects younger than `sweep_min_age_s`.
 
-        `notify_again` is that of `zcore.broker.Notifier`; `on_ended` is called when webhooks are due. `clock` returns
-        seconds that pass steadily.
+        Jobs are deleted `history_s` seconds after their end, or never if that is 0. `notify_again` is that of
+        `zcore.broker.Notifier`; `on_ended` is called when webhooks are due. `clock` returns seconds that pass steadily.
         """
         self._database = database
         self.leadership = Leadership(database, clock)
@@ -68,6 +70,9 @@ class Maintenance:
             ("maintain_marks", _every(MARKS_INTERVAL_S, clock), partial(tasks.maintain_marks, database)),
             ("forget_old_rows", _every(FORGET_INTERVAL_S, clock), partial(tasks.forget_old_rows, database)),
         ]
+        if history_s:
+            forget = partial(tasks.forget_old_jobs, database, history_s)
+            self._tasks.append(("forget_old_jobs", _every(HISTORY_INTERVAL_S, clock), forget))
         self._storage_tasks: list[Task] = [
             (
                 "delete_leftovers",

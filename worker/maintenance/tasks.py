@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from zcore.errors import StorageError
-from zcore.jobs import claims, leftovers, queries, recovery, uploads, workers
+from zcore.jobs import claims, history, leftovers, queries, recovery, uploads, workers
 from zcore.jobs.database import Database
 from zcore.stages import Stage
 from zcore.storage import Storage
@@ -16,6 +16,9 @@ MAX_EXPIRED_PER_RUN = 50
 LEFTOVERS_PER_BATCH = 3
 """So few that trying all of them during an outage of storage takes a short time."""
 MAX_BATCHES_PER_RUN = 20
+MAX_FORGOTTEN_PER_RUN = 2_000
+FORGOTTEN_AT_ONCE = 250
+"""Jobs that one transaction deletes. While it is open, no other can write to SQLite."""
 MAX_KEYS_PER_STATEMENT = 5_000
 
 
@@ -113,3 +116,16 @@ def forget_old_rows(database: Database) -> None:
     while more:
         with database.write() as transaction:
             more = recovery.forget_idempotency_keys(transaction, MAX_KEYS_PER_STATEMENT)
+
+
+def forget_old_jobs(database: Database, history_s: float) -> None:
+    """Delete jobs that ended more than `history_s` seconds ago, a bounded number in each run."""
+    deleted = 0
+    while deleted < MAX_FORGOTTEN_PER_RUN:
+        with database.write() as transaction:
+            count = history.forget(transaction, history_s, FORGOTTEN_AT_ONCE)
+        deleted += count
+        if count < FORGOTTEN_AT_ONCE:
+            break
+    if deleted:
+        log.info("jobs.forgotten", count=deleted)

@@ -198,6 +198,12 @@ def past_retention(transaction: Transaction, limit: int) -> Sequence[Job]:
     return transaction.session.scalars(statement).all()
 
 
+def first_id_at(moment: datetime) -> int:
+    """Return the lowest UUIDv7 of that millisecond. A time without a zone is taken as UTC."""
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0, int(aware.timestamp() * 1000)) << 80
+
+
 def _with_text(transaction: Transaction, wanted: JobFilter, ids: IdRange, limit: int) -> Sequence[Job]:
     """Return the first `limit` jobs in the range that pass the filter, its text included."""
     text = wanted.text or ""
@@ -247,8 +253,8 @@ def _listed(
 
 def _id_range(wanted: JobFilter, cursor: str | None, newer: bool) -> IdRange:
     """Return the range of ids to list. UUIDv7 makes a range of times a range of ids."""
-    lowest = 0 if wanted.created_from is None else _first_id_at(wanted.created_from)
-    highest = LAST_ID if wanted.created_before is None else _first_id_at(wanted.created_before) - 1
+    lowest = 0 if wanted.created_from is None else first_id_at(wanted.created_from)
+    highest = LAST_ID if wanted.created_before is None else first_id_at(wanted.created_before) - 1
     if cursor is not None and newer:
         lowest = max(lowest, _from_cursor(cursor) + 1)
     elif cursor is not None:
@@ -263,12 +269,6 @@ def _ids_beginning_with(text: str, among: IdRange) -> IdRange | None:
         return None
     lowest, highest = uuid.UUID(digits.ljust(32, "0")), uuid.UUID(digits.ljust(32, "f"))
     return replace(among, lowest=max(lowest, among.lowest), highest=min(highest, among.highest))
-
-
-def _first_id_at(moment: datetime) -> int:
-    """Return the lowest UUIDv7 of that millisecond. A time without a zone is taken as UTC."""
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0, int(aware.timestamp() * 1000)) << 80
 
 
 def _to_cursor(job_id: uuid.UUID) -> str:

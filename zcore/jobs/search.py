@@ -5,11 +5,11 @@ status, is not in it. Both databases find the same jobs, because both have the t
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import ARRAY, ColumnElement, Select, Text, cast, func, insert, literal_column, select
+from sqlalchemy import ARRAY, ColumnElement, Select, Text, cast, delete, func, insert, literal_column, select
 from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR
 
 from zcore.jobs.database import Transaction
@@ -56,6 +56,18 @@ def add(transaction: Transaction, job: Job) -> None:
     else:
         number = session.scalars(insert(SearchNumber).values(job_id=job.id).returning(SearchNumber.number)).one()
         session.execute(insert(SEARCH_INDEX).values(rowid=number, terms=f" {' '.join(terms)} "))
+
+
+def remove(transaction: Transaction, job_ids: Collection[uuid.UUID]) -> None:
+    """Remove jobs from the index."""
+    session = transaction.session
+    if _is_postgresql(transaction):
+        session.execute(delete(SearchTerms).where(SearchTerms.job_id.in_(job_ids)))
+    else:
+        numbers = session.scalars(
+            delete(SearchNumber).where(SearchNumber.job_id.in_(job_ids)).returning(SearchNumber.number)
+        ).all()
+        session.execute(delete(SEARCH_INDEX).where(SEARCH_INDEX.c.rowid.in_(numbers)))
 
 
 def find(

@@ -242,6 +242,7 @@ class JobsSettings(_Section, frozen=True):
     attempt_deadline_s: Seconds = 21_600.0
     retention_s: Seconds = 30 * 86_400.0
     input_retention_s: Seconds = 86_400.0
+    history_s: Annotated[float, Meta(ge=0, le=1_000_000_000)] = 90 * 86_400.0
     split_encoding: bool = False
 
     @property

@@ -139,7 +139,14 @@ class Environment:
     def maintenance(self, shutdown: Shutdown) -> Maintenance:
         """Return the maintenance of this environment."""
         return Maintenance(
-            self.database, self.storage, self.notifications.notify_again, self.ended.set, 0.02, shutdown, DAY_S
+            self.database,
+            self.storage,
+            self.notifications.notify_again,
+            self.ended.set,
+            0.02,
+            shutdown,
+            DAY_S,
+            JobsSettings().history_s,
         )
 
     def generate_due(self, **changed: Any) -> int:

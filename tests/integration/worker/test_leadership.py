@@ -15,7 +15,7 @@ from worker.shutdown import Shutdown
 from zcore.jobs import leadership, webhooks
 from zcore.jobs.database import Database
 from zcore.jobs.models import Leader, Sweep
-from zcore.settings import WorkerSettings
+from zcore.settings import JobsSettings, WorkerSettings
 
 PROCESSES = 5
 
@@ -125,6 +125,7 @@ def test_an_idle_fleet_asks_the_database_at_most_three_times_a_second(
                 WorkerSettings().maintenance_interval_s,
                 Shutdown(0),
                 DAY_S,
+                JobsSettings().history_s,
                 clock=lambda: now_s[0],
             )
             for database in databases

@@ -1,22 +1,26 @@
 """Maintenance: lost jobs are rescued, expired data is deleted, and no error stops it."""
 
+import contextlib
+import dataclasses
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from tests.integration.worker.conftest import Environment
 from tests.integration.worker.stand_in_pipeline import Notifications
 from tests.waiting import wait_until
+from worker.maintenance import tasks
 from worker.maintenance.leadership import WORK
 from worker.maintenance.scheduler import Maintenance
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
 from zcore.jobs import agenda, claims, lifecycle, queries, recovery, uploads, workers
-from zcore.jobs.models import Input, Worker
+from zcore.jobs.database import Database
+from zcore.jobs.models import Input, Job, Worker
 from zcore.jobs.uploads import UploadedImage
-from zcore.settings import WorkerSettings
+from zcore.settings import JobsSettings, WorkerSettings
 from zcore.stages import Stage
 
 
@@ -357,3 +361,17 @@ def test_an_upload_of_bytes_that_are_being_deleted_is_stored(
     assert environment.storage.keys() == [again]
     with environment.database.read() as transaction:
         assert [row.storage_key for row in transaction.session.query(Input)] == [again]
+
+
+def test_jobs_that_ended_long_ago_are_deleted_in_several_transactions(
+    environment: Environment, each_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "FORGOTTEN_AT_ONCE", 2)
+    for _ in range(5):
+        environment.cancel(environment.submit())
+    later = datetime.now(UTC) + timedelta(seconds=JobsSettings().history_s, minutes=1)
+    with contextlib.closing(Database(each_database_url, clock=lambda: later)) as database:
+        young = dataclasses.replace(environment, database=database).submit()
+        dataclasses.replace(environment, database=database).maintenance(Shutdown(0)).run_once()
+        with database.read() as transaction:
+            assert [job.id for job in transaction.session.query(Job)] == [young]
