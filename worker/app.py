@@ -176,6 +176,7 @@ def _assemble(process: str, arguments: Sequence[str]) -> _Services:
         shutdown,
         settings.storage.sweep_min_age_s,
         settings.jobs.history_s,
+        settings.jobs.lease_s,
     )
     return _Services(settings, shutdown, database, storage, app, notifier, deliverer, maintenance)
 

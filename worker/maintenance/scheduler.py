@@ -11,6 +11,7 @@ from functools import partial
 
 from worker.maintenance import tasks
 from worker.maintenance.leadership import WORK, Leadership
+from worker.maintenance.outages import Outages
 from worker.maintenance.sweep import StorageSweep
 from worker.periodic import PeriodicTask
 from worker.shutdown import Shutdown
@@ -45,18 +46,21 @@ class Maintenance:
         shutdown: Shutdown,
         sweep_min_age_s: float,
         history_s: float,
+        lease_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Ask what there is to do every `interval_s` seconds. The sweep leaves objects younger than `sweep_min_age_s`.
 
-        Jobs are deleted `history_s` seconds after their end, or never if that is 0. `notify_again` is that of
-        `zcore.broker.Notifier`; `on_ended` is called when webhooks are due. `clock` returns seconds that pass steadily.
+        Jobs are deleted `history_s` seconds after their end, or never if that is 0. `lease_s` is how long a worker may
+        have a job without renewing its lease. `notify_again` is that of `zcore.broker.Notifier`; `on_ended` is called
+        when webhooks are due. `clock` returns seconds that pass steadily.
         """
         self._database = database
         self.leadership = Leadership(database, clock)
+        self._outages = Outages(lease_s, clock)
         sweep = StorageSweep(database, storage, sweep_min_age_s, self.leadership)
         self._tasks: list[Task] = [
-            ("rescue_jobs", lambda due: due.lost_jobs, partial(tasks.rescue_jobs, database, on_ended)),
+            ("rescue_jobs", lambda due: due.lost_jobs, partial(tasks.rescue_jobs, database, self._outages, on_ended)),
             ("promote_jobs", lambda due: due.scheduled_jobs, partial(tasks.promote_jobs, database)),
             (
                 "notify_again",
@@ -123,17 +127,21 @@ class Maintenance:
     def _ask(self) -> Agenda | None:
         """Return what is due; None if this process does not lead, or the database does not answer."""
         try:
-            if not self.leadership.seek():
-                return None
-            with self._database.read() as transaction:
-                due = agenda.ask(transaction, WORK, self.leadership.holder, tasks.NOTIFY_AGAIN_AFTER_S)
+            due = self._ask_as_leader() if self.leadership.seek() else None
         except DatabaseError as fault:
+            self._outages.note_failure()
             log.warning("maintenance.database_failed", error=_first_line(fault))
             return None
-        if not due.is_leader:
-            self.leadership.lose()
-            return None
+        self._outages.note_answer()
         return due
+
+    def _ask_as_leader(self) -> Agenda | None:
+        with self._database.read() as transaction:
+            due = agenda.ask(transaction, WORK, self.leadership.holder, tasks.NOTIFY_AGAIN_AFTER_S)
+        if due.is_leader:
+            return due
+        self.leadership.lose()
+        return None
 
     def _run(self, chosen: list[Task], due: Agenda) -> None:
         """Run the tasks that are due. If one fails, its error is logged and the next one runs."""

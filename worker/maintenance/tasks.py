@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from worker.maintenance.outages import Outages
 from zcore.errors import StorageError
 from zcore.jobs import claims, history, leftovers, queries, recovery, uploads, workers
 from zcore.jobs.database import Database
@@ -22,10 +23,10 @@ FORGOTTEN_AT_ONCE = 250
 MAX_KEYS_PER_STATEMENT = 5_000
 
 
-def rescue_jobs(database: Database, on_ended: Callable[[], None]) -> None:
+def rescue_jobs(database: Database, outages: Outages, on_ended: Callable[[], None]) -> None:
     """Return jobs of dead workers to the queue, or end them. Calls `on_ended` if a job ended."""
     with database.write() as transaction:
-        rescued = recovery.rescue(transaction)
+        rescued = recovery.rescue(transaction, excused=outages.excuse_losses)
     for job in rescued:
         log.warning("job.rescued", job_id=str(job.id), attempt=job.attempt, status=job.status, worker=job.worker)
     if any(job.completed_at is not None for job in rescued):

@@ -12,7 +12,7 @@ from zcore.jobs import claims, guarded_update, leftovers, lifecycle, states
 from zcore.jobs.claims import Lease, holds
 from zcore.jobs.database import Condition, Transaction
 from zcore.jobs.guarded_update import NO_LEASE, NO_PROGRESS, cancel_if_requested, record_event
-from zcore.jobs.lifecycle import IDEMPOTENCY_KEY_LIFETIME, POISON, Failure
+from zcore.jobs.lifecycle import IDEMPOTENCY_KEY_LIFETIME, MAX_ATTEMPTS_BEGUN, POISON, Failure
 from zcore.jobs.models import READY, IdempotencyKey, Job, QueueEntry
 from zcore.stages import Stage
 
@@ -22,17 +22,20 @@ LOST_ALONE = Failure(
 )
 
 
-def rescue(transaction: Transaction) -> list[Job]:
+def rescue(transaction: Transaction, *, excused: bool = False) -> list[Job]:
     """Take up to 100 jobs from workers whose lease has expired, and return them.
 
     Each is CANCELED if the caller requested that. Otherwise it is queued again, to run alone from now on: one of the
     jobs that the worker had may have killed it, and nobody knows which. That attempt is not counted. A job that ran
     alone is queued again while attempts are left, then FAILED.
+
+    If they are `excused`, no worker could renew a lease, because the database was away: the loss proves nothing, and is
+    neither counted nor a reason to run alone, until 100 attempts have begun.
     """
     lost = transaction.session.scalars(
         select(QueueEntry).where(*is_lost(transaction)).limit(RESCUE_BATCH).with_for_update(skip_locked=True)
     ).all()
-    rescued = [_rescue_one(transaction, entry) for entry in lost]
+    rescued = [_rescue_one(transaction, entry, excused and entry.attempt < MAX_ATTEMPTS_BEGUN) for entry in lost]
     return [job for job in rescued if job is not None]
 
 
@@ -99,19 +102,20 @@ def forget_idempotency_keys(transaction: Transaction, limit: int) -> bool:
     return len(deleted.all()) == limit
 
 
-def _rescue_one(transaction: Transaction, entry: QueueEntry) -> Job | None:
+def _rescue_one(transaction: Transaction, entry: QueueEntry, excused: bool) -> Job | None:
     assert entry.lease_token is not None, "a running job has a lease"
     lease = Lease(entry.job_id, entry.lease_token)
     if entry.cancel_requested_at is not None:
         return cancel_if_requested(transaction, *holds(lease))
-    if entry.isolated and entry.attempts_left == 0:
+    charged = entry.isolated and not excused
+    if charged and entry.attempts_left == 0:
         return lifecycle.fail_finally(transaction, states.ABANDON, lease, LOST_ALONE)
     return guarded_update.move(
         transaction,
         states.RESCUE,
         *holds(lease),
-        attempts_left=entry.attempts_left + (0 if entry.isolated else 1),
-        isolated=True,
+        attempts_left=entry.attempts_left + (0 if charged else 1),
+        isolated=entry.isolated or not excused,
         notified_at=None,
         **NO_LEASE,
         **NO_PROGRESS,

@@ -98,10 +98,10 @@ def cancel(database: Database, job_id: uuid.UUID) -> Job:
         return lifecycle.cancel(transaction, job_id)
 
 
-def rescue(database: Database) -> list[Job]:
+def rescue(database: Database, *, excused: bool = False) -> list[Job]:
     """Rescue the jobs whose lease expired and return them."""
     with database.write() as transaction:
-        return recovery.rescue(transaction)
+        return recovery.rescue(transaction, excused=excused)
 
 
 def job_in(state: State, database: Database, clock: Clock, **fields: Any) -> Job:

@@ -248,6 +248,24 @@ def test_a_job_that_loses_its_worker_while_it_runs_alone_fails_as_poison(databas
         assert lifecycle.retry(transaction, job.id, 2).isolated, "it still runs alone after an explicit retry"
 
 
+def test_a_worker_lost_during_an_outage_of_the_database_proves_nothing(database: Database, clock: Clock) -> None:
+    job = submit(database, max_attempts=1)
+    for isolated in (False, True):
+        claim(database)
+        clock.advance(LEASE_S + 1)
+        [excused] = rescue(database, excused=True)
+        assert (excused.status, excused.isolated, excused.attempts_left) == (State.QUEUED, isolated, 1)
+        if not isolated:
+            lose_worker(database, clock)
+    with database.write() as transaction:
+        begun = update(QueueEntry).values(attempt=lifecycle.MAX_ATTEMPTS_BEGUN - 1)
+        transaction.session.execute(begun.execution_options(synchronize_session=False))
+    claim(database)
+    clock.advance(LEASE_S + 1)
+    rescue(database, excused=True)
+    assert fetch(database, job.id).error_code == "poison", "no job is tried for ever"
+
+
 def test_an_isolated_job_stays_isolated_until_it_ends(database: Database, clock: Clock) -> None:
     job = submit(database)
     lose_worker(database, clock)

@@ -1,6 +1,7 @@
 """A database, a storage folder, and workers with stand-ins for the model, in the test process."""
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from zcore.storage import DirectoryStorage
 from zcore.storage_keys import PROBE_KEY
 
 DAY_S = 86_400.0
+LEASE_S = 30.0
 
 
 class UnreliableStorage(DirectoryStorage):
@@ -136,7 +138,7 @@ class Environment:
     def _note_hung(self, reason: str) -> None:
         self.hung.append(reason)
 
-    def maintenance(self, shutdown: Shutdown) -> Maintenance:
+    def maintenance(self, shutdown: Shutdown, clock: Callable[[], float] = time.monotonic) -> Maintenance:
         """Return the maintenance of this environment."""
         return Maintenance(
             self.database,
@@ -147,6 +149,8 @@ class Environment:
             shutdown,
             DAY_S,
             JobsSettings().history_s,
+            LEASE_S,
+            clock,
         )
 
     def generate_due(self, **changed: Any) -> int:

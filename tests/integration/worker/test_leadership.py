@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 import pytest
 
 from tests.integration.jobs.examples import Clock
-from tests.integration.worker.conftest import DAY_S, Environment
+from tests.integration.worker.conftest import DAY_S, LEASE_S, Environment
 from tests.statements import counted
 from worker.maintenance.leadership import WORK, Leadership
 from worker.maintenance.scheduler import Maintenance
@@ -126,6 +126,7 @@ def test_an_idle_fleet_asks_the_database_at_most_three_times_a_second(
                 Shutdown(0),
                 DAY_S,
                 JobsSettings().history_s,
+                LEASE_S,
                 clock=lambda: now_s[0],
             )
             for database in databases
