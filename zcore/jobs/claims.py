@@ -74,7 +74,10 @@ def claim(
 
 
 def promote(transaction: Transaction) -> int:
-    """Make up to 100 scheduled jobs ready that are due now, and return their number."""
+    """Make up to 100 scheduled jobs ready that are due now, and return their number.
+
+    Locks their entries, then marks. Called once in a transaction, so that marks are always locked in one order.
+    """
     due = (
         select(QueueEntry.job_id)
         .where(*is_due(transaction))

@@ -8,7 +8,7 @@ import uuid
 
 from sqlalchemy import delete, select, text, tuple_, update
 
-from zcore.jobs import claims, guarded_update, leftovers, lifecycle, states
+from zcore.jobs import guarded_update, leftovers, lifecycle, states
 from zcore.jobs.claims import Lease, holds
 from zcore.jobs.database import Condition, Transaction
 from zcore.jobs.guarded_update import NO_LEASE, NO_PROGRESS, cancel_if_requested, record_event
@@ -55,12 +55,11 @@ def expire(transaction: Transaction, job_id: uuid.UUID) -> Job | None:
 
 
 def mark_notified(transaction: Transaction, stage: Stage, overdue_s: float, limit: int) -> int:
-    """Mark up to `limit` due jobs at `stage` as notified now, and return how many were marked.
+    """Mark up to `limit` ready jobs at `stage` as notified now, and return how many were marked.
 
     Selects jobs without a notification, and those whose last one is more than `overdue_s` seconds old; higher priority
     first, then the older job.
     """
-    claims.promote(transaction)
     overdue = (
         select(QueueEntry.job_id)
         .where(*is_unnoticed(transaction, overdue_s), QueueEntry.stage == stage)

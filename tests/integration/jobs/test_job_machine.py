@@ -406,6 +406,8 @@ class JobMachine(RuleBasedStateMachine):
 
     def notify_again(self) -> None:
         self.promote()
+        with self.database.write() as transaction:
+            claims.promote(transaction)
         for stage in Stage:
             overdue = [
                 job

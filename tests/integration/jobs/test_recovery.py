@@ -1,8 +1,12 @@
 """Maintenance: expired retention times and lost notifications."""
 
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import select, update
 
 from tests.integration.jobs.examples import (
     HOOK,
@@ -20,8 +24,10 @@ from tests.integration.jobs.examples import (
     submit,
     webhook_types,
 )
-from zcore.jobs import lifecycle, queries, recovery
-from zcore.jobs.database import Database
+from tests.statements import counted
+from zcore.jobs import claims, lifecycle, queries, recovery
+from zcore.jobs.database import Database, Transaction
+from zcore.jobs.models import QueueEntry
 from zcore.jobs.states import State
 from zcore.stages import Stage
 
@@ -31,6 +37,11 @@ OVERDUE_S = 10.0
 def mark_notified(database: Database, limit: int = 100, stage: Stage = Stage.GENERATE) -> int:
     with database.write() as transaction:
         return recovery.mark_notified(transaction, stage, OVERDUE_S, limit)
+
+
+def promote(database: Database) -> int:
+    with database.write() as transaction:
+        return claims.promote(transaction)
 
 
 def test_a_job_expires_exactly_at_the_end_of_its_retention(database: Database, clock: Clock) -> None:
@@ -86,6 +97,7 @@ def test_a_job_that_waits_for_its_retry_is_notified_when_it_is_due(database: Dat
     fail(database, claim(database), TRANSIENT)
     assert mark_notified(database) == 0
     clock.advance(RETRY_DELAY_S)
+    promote(database)
     assert mark_notified(database) == 1
 
 
@@ -111,6 +123,49 @@ def test_only_queued_jobs_are_notified(database: Database, clock: Clock) -> None
     complete(database, claim(database))
     clock.advance(OVERDUE_S * 100)
     assert mark_notified(database) == 0
+
+
+def test_notifying_again_locks_no_mark(postgresql: Database, clock: Clock) -> None:
+    """Marks locked twice in a transaction would not be locked in one order, and two transactions could deadlock."""
+    for stage in Stage:
+        submit(postgresql, stage=stage)
+        fail(postgresql, claim(postgresql), TRANSIENT)
+    clock.advance(RETRY_DELAY_S)
+    with counted(postgresql) as asked, postgresql.write() as transaction:
+        for stage in Stage:
+            recovery.mark_notified(transaction, stage, OVERDUE_S, 10)
+    assert not [statement for statement in asked.statements if "queue_marks" in statement]
+
+
+def test_transactions_that_move_marks_never_deadlock(postgresql: Database) -> None:
+    levels = [(stage, priority) for stage in Stage for priority in (-1, 0, 1)]
+    jobs = [submit(postgresql, stage=stage, priority=priority) for stage, priority in levels * 4]
+
+    def advance(transaction: Transaction) -> None:
+        claims.advance_marks(transaction)
+        claims.repair_marks(transaction)
+
+    def lower(transaction: Transaction) -> None:
+        claims.lower_marks(transaction, [(job.stage, job.priority, job.id) for job in random.sample(jobs, 5)])
+
+    def schedule(transaction: Transaction) -> None:
+        some = select(QueueEntry.job_id).limit(6).with_for_update(skip_locked=True)
+        transaction.session.execute(
+            update(QueueEntry)
+            .where(QueueEntry.job_id.in_(some))
+            .values(scheduled=True)
+            .execution_options(synchronize_session=False)
+        )
+
+    def repeat(work: Callable[[Transaction], object]) -> None:
+        for _ in range(60):
+            with postgresql.write() as transaction:
+                work(transaction)
+
+    works: list[Callable[[Transaction], object]] = [claims.promote, advance, lower, schedule, claims.promote, lower]
+    with ThreadPoolExecutor(len(works)) as pool:
+        for repeated in [pool.submit(repeat, work) for work in works]:
+            repeated.result(120)
 
 
 def test_the_database_clock_is_utc(each_database_url: str) -> None:
