@@ -7,11 +7,12 @@ it expires. Does not know jobs, and does not retry beyond what the S3 client doe
 import base64
 import contextlib
 import hashlib
+import heapq
 import hmac
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ MAX_CONCURRENT_DELETES = 8
 TRIES = 2
 CONNECT_TIMEOUT_S = 3
 READ_TIMEOUT_S = 10
+KEYS_READ_AT_ONCE = 10_000
 LONGEST_LINK_WINDOW_S = 900
 LONGEST_LINK_S = 604_800
 """A week: the longest time for which S3 accepts a presigned URL."""
@@ -101,6 +103,14 @@ class StoredObject:
     is_draft: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some objects of a listing. The next page comes after the key `next_after`; None if this page is the last."""
+
+    objects: Sequence[StoredObject]
+    next_after: str | None
+
+
 class Storage(Protocol):
     """Object store. Every method raises `StorageError` if the store does not answer."""
 
@@ -119,6 +129,10 @@ class Storage(Protocol):
         """Return the object's bytes. Raises `NotFound`."""
         ...
 
+    def exists(self, key: str) -> bool:
+        """Return whether there is such an object, without reading it."""
+        ...
+
     def link(self, key: str, name: str) -> Link:
         """Return a link under which browsers save the object as the file `name` (ASCII, without quotes).
 
@@ -130,10 +144,11 @@ class Storage(Protocol):
         """Delete objects; missing ones are ignored."""
         ...
 
-    def list_objects(self, prefix: str, after: str, limit: int) -> list[StoredObject] | None:
+    def list_objects(self, prefix: str, after: str, limit: int) -> Page | None:
         """Return up to `limit` objects whose keys begin with `prefix` and come after `after`, in the order of keys.
 
-        Returns None if the store does not list its objects, or not for these credentials.
+        A store may return fewer although more follow. Returns None if the store does not list its objects, or not for
+        these credentials.
         """
         ...
 
@@ -155,6 +170,7 @@ class DirectoryStorage:
         self._public_url = public_url
         self._link_key = link_key.encode()
         self._link_expiry_s = link_expiry_s
+        self._listed: dict[tuple[str, str], Iterator[StoredObject]] = {}
 
     def prepare(self) -> None:
         try:
@@ -184,6 +200,15 @@ class DirectoryStorage:
         except OSError as fault:
             raise StorageError(f"{key}: cannot be read: {fault.strerror}") from fault
 
+    def exists(self, key: str) -> bool:
+        try:
+            self._path(key).stat()
+        except FileNotFoundError:
+            return False
+        except OSError as fault:
+            raise StorageError(f"{key}: cannot be read: {fault.strerror}") from fault
+        return True
+
     def link(self, key: str, name: str) -> Link:
         expires_at = link_period(self._link_expiry_s, datetime.now(UTC)).expires_at
         expires = int(expires_at.timestamp())
@@ -207,11 +232,19 @@ class DirectoryStorage:
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
 
-    def list_objects(self, prefix: str, after: str, limit: int) -> list[StoredObject]:
+    def list_objects(self, prefix: str, after: str, limit: int) -> Page:
+        # A page goes on where the last one ended, so that its folders are not read again.
+        files = self._listed.pop((prefix, after), None) or _files(self._root, "", prefix, after)
+        self._listed.clear()
         try:
-            return list(islice(_files(self._root, "", prefix, after), limit))
+            objects = list(islice(files, limit))
         except OSError as fault:
             raise StorageError(f"{self._root}: cannot be listed: {fault.strerror}") from fault
+        if len(objects) < limit:
+            return Page(objects, None)
+        last = objects[-1].key
+        self._listed[prefix, last] = files
+        return Page(objects, last)
 
     def open_link(self, key: str, expires: int, disposition: str, signature: str) -> BinaryIO:
         """Open the linked file. Raises `InvalidLink` if altered or expired, `NotFound` if the object is gone."""
@@ -287,6 +320,15 @@ class BucketStorage:
         with _ClientErrors(_checked(key)):
             return self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
 
+    def exists(self, key: str) -> bool:
+        checked = _checked(key)
+        try:
+            with _ClientErrors(checked):
+                self._client.head_object(Bucket=self._bucket, Key=checked)
+        except NotFound:
+            return False
+        return True
+
     def link(self, key: str, name: str) -> Link:
         period = link_period(self._link_expiry_s, datetime.now(UTC))
 
@@ -311,7 +353,7 @@ class BucketStorage:
         with ThreadPoolExecutor(MAX_CONCURRENT_DELETES, "storage-delete") as pool:
             list(pool.map(self._delete, checked))  # the first error cancels those that have not begun
 
-    def list_objects(self, prefix: str, after: str, limit: int) -> list[StoredObject] | None:
+    def list_objects(self, prefix: str, after: str, limit: int) -> Page | None:
         try:
             # The first version of this request, which every store has.
             answer = self._client.list_objects(Bucket=self._bucket, Prefix=prefix, Marker=after, MaxKeys=limit)
@@ -322,7 +364,9 @@ class BucketStorage:
         except BotoCoreError as fault:
             raise StorageError(f"bucket {self._bucket}: {fault}") from fault
         contents: Any = answer.get("Contents", [])
-        return [StoredObject(found["Key"], found["LastModified"]) for found in contents]
+        objects = [StoredObject(found["Key"], found["LastModified"]) for found in contents]
+        last = answer.get("NextMarker") or (objects[-1].key if objects else None)
+        return Page(objects, last if answer.get("IsTruncated", len(objects) == limit) else None)
 
     def _delete(self, key: str) -> None:
         with contextlib.suppress(NotFound), _ClientErrors(key):
@@ -408,21 +452,39 @@ def _open_new(draft: Path) -> BinaryIO:
 
 def _files(folder: Path, folder_key: str, prefix: str, after: str) -> Iterator[StoredObject]:
     """Yield the files below a folder in the order of their keys, beginning after `after`."""
+    done = ""
+    while keys := _first_keys(folder, folder_key, prefix, after, done):
+        for key in keys:
+            path = folder / key.removeprefix(folder_key)
+            if key.endswith("/"):
+                yield from _files(path, key, prefix, after)
+            else:
+                with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+                    modified_at = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+                    yield StoredObject(key, modified_at, is_draft=DRAFT_NAME.fullmatch(path.name) is not None)
+        done = keys[-1]
+
+
+def _first_keys(folder: Path, folder_key: str, prefix: str, after: str, done: str) -> list[str]:
+    """Return the first keys in a folder that come after `done`, and under which there may be files after `after`.
+
+    So many that a folder is seldom read again, and so few that one with a million entries needs little memory.
+    """
+
+    def may_match(key: str) -> bool:
+        if key <= done:
+            return False
+        if key.endswith("/"):
+            return (key.startswith(prefix) or prefix.startswith(key)) and (key > after or after.startswith(key))
+        return key.startswith(prefix) and key > after
+
     try:
         with os.scandir(folder) as entries:
             # A folder sorts with its slash, as the keys of its files do.
-            found = {f"{folder_key}{entry.name}{'/' if entry.is_dir() else ''}": entry for entry in entries}
+            keys = (f"{folder_key}{entry.name}{'/' if entry.is_dir() else ''}" for entry in entries)
+            return heapq.nsmallest(KEYS_READ_AT_ONCE, filter(may_match, keys))
     except FileNotFoundError:
-        return  # deleted with its last object
-    for key, entry in sorted(found.items()):
-        if key.endswith("/"):
-            may_match = key.startswith(prefix) or prefix.startswith(key)
-            if may_match and (key > after or after.startswith(key)):
-                yield from _files(Path(entry.path), key, prefix, after)
-        elif key.startswith(prefix) and key > after:
-            with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
-                modified_at = datetime.fromtimestamp(entry.stat().st_mtime, UTC)
-                yield StoredObject(key, modified_at, is_draft=DRAFT_NAME.fullmatch(entry.name) is not None)
+        return []  # deleted with its last object
 
 
 def _checked(key: str) -> str:

@@ -2,9 +2,9 @@
 
 `StrictStore` refuses `aws-chunked` bodies (as Alibaba's OSS and Oracle's OCI do), wants Content-MD5 for bulk deletion,
 and denies its keys everything but putting, getting and deleting objects. `IgnorantStore` does not know `aws-chunked`:
-it stores what comes, ignores checksums, and returns ETags that are not an MD5. It also damages objects as `damage`
-says. `UnsteadyStore` answers late, with 503 or not at all. All check the lifetime of a presigned URL; none checks a
-signature, which SeaweedFS does.
+it stores what comes, ignores checksums, and returns ETags that are not an MD5; its pages list two keys at most. It also
+damages objects as `damage` says. `UnsteadyStore` answers late, with 503 or not at all. All check the lifetime of a
+presigned URL; none checks a signature, which SeaweedFS does.
 """
 
 import base64
@@ -137,8 +137,19 @@ class IgnorantStore(OddStore):
         return f'"{hashlib.md5(stored.content[:1]).hexdigest()}-1"'
 
     def answer_bucket(self, request: Received) -> Answer:
-        """Deny bulk deletion, which this store does not have."""
-        return Answer(501, problem="NotImplemented") if request.method == "POST" else Answer(200)
+        """Deny bulk deletion, which this store does not have, and list two keys at a time."""
+        return Answer(501, problem="NotImplemented") if request.method == "POST" else self._list(request.query)
+
+    def _list(self, query: Mapping[str, str]) -> Answer:
+        wanted = (query.get("prefix", ""), query.get("marker", ""))
+        found = sorted(key for key in self.objects if key.startswith(wanted[0]) and key > wanted[1])
+        keys, is_truncated = found[:2], len(found) > 2
+        contents = "".join(
+            f"<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for key in keys
+        )
+        body = f"<IsTruncated>{str(is_truncated).lower()}</IsTruncated>{contents}"
+        return Answer(body=f"<ListBucketResult>{body}</ListBucketResult>".encode())
 
 
 class UnsteadyStore(StrictStore):

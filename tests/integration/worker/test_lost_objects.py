@@ -14,7 +14,7 @@ from worker.maintenance import sweep as sweep_module
 from worker.maintenance.scheduler import Maintenance
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
-from zcore.jobs import claims, leftovers, lifecycle, lora_library, queries, uploads
+from zcore.jobs import claims, leftovers, lifecycle, lora_library, queries, sweeps, uploads
 from zcore.jobs.claims import Lease
 from zcore.jobs.lifecycle import Failure
 from zcore.jobs.lora_library import UploadedLora
@@ -304,6 +304,38 @@ def test_a_bucket_that_may_not_be_listed_is_not_swept(
         sweep_all(environment, maintenance)
     assert [entry["event"] for entry in logs if entry["event"].startswith("sweep")] == ["sweep.not_permitted"]
     assert environment.storage.keys() == [lost]
+
+
+def test_a_bucket_that_may_be_listed_again_is_swept(
+    environment: Environment, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_old(environment, output_key(uuid.uuid4(), 1, 0, "png"))
+    with monkeypatch.context() as patched:
+        patched.setattr(environment.storage, "list_objects", lambda *_: None)
+        let_sweeps_be_due(environment)
+        maintenance.run_once()
+        with environment.database.read() as transaction:
+            assert transaction.session.query(Sweep).filter(sweeps.is_due(transaction)).count() == 2, "it is tried later"
+    sweep_all(environment, maintenance)
+    assert environment.storage.keys() == []
+
+
+def test_a_page_that_storage_cuts_short_does_not_end_the_round(
+    environment: Environment, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [output_key(uuid.UUID(int=number), 1, 0, "png") for number in range(5)]
+    for key in keys:
+        put_old(environment, key)
+    with environment.database.write() as transaction:
+        transaction.session.query(Sweep).filter(Sweep.prefix != "jobs/").delete()
+    list_objects = environment.storage.list_objects
+    monkeypatch.setattr(
+        environment.storage, "list_objects", lambda prefix, after, _limit: list_objects(prefix, after, 2)
+    )
+    let_sweeps_be_due(environment)
+    maintenance.run_once()
+    with environment.database.read() as transaction:
+        assert transaction.session.query(Sweep).one().after == keys[1]
 
 
 def test_the_sweep_goes_on_where_the_last_leader_stopped(
