@@ -6,8 +6,9 @@ Does not know what the service is. Safe to share between threads.
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 
-from worker.abandonable import call_within
+from worker.abandonable import in_daemon_thread
 from worker.backoff import pauses
 from zcore.telemetry import log
 
@@ -27,6 +28,7 @@ class Breaker:
         self._failure = failure
         self._on_close = on_close
         self._is_open = False
+        self._asked: Future[None] | None = None  # the probe that has begun and not ended
         self._known = threading.Event()  # not while probing
         self._known.set()
         self._lock = threading.Lock()
@@ -65,7 +67,7 @@ class Breaker:
 
     def _answers(self) -> bool:
         try:
-            call_within(self._probe, PROBE_TIMEOUT_S, f"probe-{self._name}")
+            self._ask()
         except (self._failure, TimeoutError) as fault:
             if not self._is_open:
                 log.warning(f"{self._name}.away", error=str(fault))
@@ -73,3 +75,12 @@ class Breaker:
                 self._is_open = True
             return False
         return True
+
+    def _ask(self) -> None:
+        """Raise what a probe raises. While one hangs no other begins: each would cost a thread, and hang too."""
+        if self._asked is None:
+            self._asked = in_daemon_thread(self._probe, f"probe-{self._name}")
+        if not wait([self._asked], PROBE_TIMEOUT_S).done:
+            raise TimeoutError(f"probe-{self._name} did not end within {PROBE_TIMEOUT_S:g} s")
+        ended, self._asked = self._asked, None
+        ended.result()

@@ -33,6 +33,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from zcore.api_paths import FILES_PATH
 from zcore.errors import ConfigurationError, InvalidLink, NotFound, StorageError
 from zcore.settings import Settings, StorageSettings, is_loopback
+from zcore.storage_keys import PROBE_KEY
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -46,8 +47,6 @@ KEYS_READ_AT_ONCE = 10_000
 LONGEST_LINK_WINDOW_S = 900
 LONGEST_LINK_S = 604_800
 """A week: the longest time for which S3 accepts a presigned URL."""
-STARTUP_PROBE_KEY = "startup-probe"
-"""Key that is read at startup and never written."""
 DRAFT_NAME = re.compile(r"\..+\.[0-9a-f]{16}")
 """Name of a file that is still being written: a dot, the name that it will get, and a random suffix."""
 CREDENTIAL_CODES = frozenset(
@@ -289,7 +288,7 @@ class BucketStorage:
         try:
             # The answer distinguishes wrong credentials, a missing bucket and missing permissions. Asking for the
             # bucket itself does not, and takes a permission that nothing else needs.
-            self._client.get_object(Bucket=self._bucket, Key=STARTUP_PROBE_KEY)
+            self._client.get_object(Bucket=self._bucket, Key=PROBE_KEY)
         except ClientError as fault:
             if _code(fault) in CREDENTIAL_CODES or _status(fault) == 401:
                 raise ConfigurationError(

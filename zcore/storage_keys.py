@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable
 
 PROBE_KEY = "jobs/probe"
-"""Object that a worker puts and deletes to learn whether storage takes objects again."""
+"""Object by which a process learns whether storage answers: it is read at the start, and put and deleted by workers."""
 
 JOBS, UPLOADS, LORAS = "jobs/", "inputs/", "loras/"
 """What the keys of each kind begin with."""

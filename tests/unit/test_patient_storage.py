@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import pytest
 
@@ -179,8 +179,33 @@ def test_a_store_that_accepts_and_never_answers_is_away(
         waiting = pool.submit(storage.put, "a", b"", "text/plain", go_on)
         wait_until(lambda: storage.is_away)
         store.before = lambda _key: None
+        hanging.set()  # the next probe begins when the one that hangs has ended
         waiting.result(30)
     assert "a" in store.objects
+
+
+def test_one_probe_at_a_time_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker_module, "PROBE_TIMEOUT_S", 0.01)
+    began, answers, waited = threading.Semaphore(0), threading.Event(), threading.Semaphore(0)
+
+    def probe() -> None:
+        began.release()
+        answers.wait()
+
+    def note_wait(futures: list[Future[None]], timeout_s: float) -> object:
+        waited.release()
+        return wait(futures, timeout_s)
+
+    monkeypatch.setattr(breaker_module, "wait", note_wait)
+    closed = threading.Event()
+    breaker = Breaker("storage", probe, StorageError, closed.set)
+    breaker.report_failure()
+    for _ in range(5):
+        assert waited.acquire(timeout=30)
+    answers.set()
+    assert closed.wait(30)
+    assert began.acquire(blocking=False)
+    assert not began.acquire(blocking=False), "five waits for one probe"
 
 
 def test_a_breaker_whose_probe_has_a_defect_closes() -> None:
