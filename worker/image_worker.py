@@ -7,7 +7,7 @@ serves the stage `encode` encodes the prompt itself, and any other worker sends 
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from worker.loop import JobLoop, milliseconds, waited_ms
 from worker.phases import Phase
 from zcore.errors import EmbeddingLost, InvalidEmbedding, NotFound
 from zcore.image_files.writing import Marks, write_image
-from zcore.jobs import lifecycle, states
+from zcore.jobs import lifecycle, queries, states
 from zcore.jobs.database import Transaction
 from zcore.jobs.lifecycle import StoredOutput
 from zcore.jobs.models import Job
@@ -43,7 +43,8 @@ class _Generated:
     request: GenerationRequest
     fetched: FetchedInputs
     result: "GenerationResult"
-    from_embedding: bool
+    encoding: Mapping[str, Any]
+    """The metrics and the engine of the worker that encoded the prompt; empty if this one has."""
 
 
 class ImageWorker(JobLoop):
@@ -97,16 +98,21 @@ class ImageWorker(JobLoop):
         if is_encoded:
             assert job.embedding_attempt is not None
             try:
+                encoding = self._encoding(job)
                 key = embedding_key(job.id, job.embedding_attempt)
                 result = self._generate_from_embedding(key, request, fetched, heartbeat)
-                return _Generated(job, heartbeat, request, fetched, result, from_embedding=True)
+                return _Generated(job, heartbeat, request, fetched, result, encoding)
             except EmbeddingLost as fault:
                 if not self._serves_encode:
                     raise
                 log.warning("embedding.lost", error=fault.message)
         heartbeat.enter(Phase.ENCODE)
         result = self._pipeline.generate(request, heartbeat.on_step, fetched.inputs, heartbeat.on_fallback)
-        return _Generated(job, heartbeat, request, fetched, result, from_embedding=False)
+        return _Generated(job, heartbeat, request, fetched, result, encoding={})
+
+    def _encoding(self, job: Job) -> dict[str, Any]:
+        with self._context.database.read() as transaction:
+            return queries.last_detail(transaction, job.id, states.COMPLETE_ENCODING.event)
 
     def _generate_from_embedding(
         self, key: str, request: GenerationRequest, fetched: FetchedInputs, heartbeat: Heartbeat
@@ -171,16 +177,14 @@ class ImageWorker(JobLoop):
 
 def _engine(generated: _Generated) -> dict[str, str]:
     """Describe what generated the images: this pipeline, and the worker that encoded the prompt if there was one."""
-    encoder = generated.job.engine if generated.from_embedding else {}
-    return {**encoder, **generated.result.made_by}
+    return {**generated.encoding.get("engine", {}), **generated.result.made_by}
 
 
 def _metrics(generated: _Generated, upload_ms: int) -> dict[str, Any]:
     """Return the metrics of the job. Times are in milliseconds, summed over both stages if there were two."""
     measured = {name: round(value) for name, value in asdict(generated.result.metrics).items()}
     metrics = {"queue_ms": waited_ms(generated.job), **measured, "upload_ms": upload_ms}
-    if generated.from_embedding:
-        for name, spent_ms in generated.job.metrics.items():
-            metrics[name] = metrics.get(name, 0) + spent_ms
+    for name, spent_ms in generated.encoding.get("metrics", {}).items():
+        metrics[name] = metrics.get(name, 0) + spent_ms
     parts = ("queue_ms", "encode_ms", "denoise_ms", "decode_ms", "upload_ms")
     return {**metrics, "total_ms": sum(metrics[name] for name in parts)}

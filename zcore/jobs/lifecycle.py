@@ -170,21 +170,20 @@ def complete_encoding(
 ) -> Job | None:
     """Queue the job for generation after its embedding was stored; the attempt is not counted.
 
-    The job counts as notified now, because the worker notifies the broker after the commit. The job is CANCELED if the
-    caller requested that.
+    `metrics` and `engine` go to the timeline event, where the generating worker finds them (`queries.last_detail`): the
+    job's row, which is wide, is not rewritten. The job counts as notified now, because the worker notifies the broker
+    after the commit. The job is CANCELED if the caller requested that.
     """
-    job = _requeue(
+    return _requeue(
         transaction,
         lease,
         states.COMPLETE_ENCODING,
+        detail={"metrics": metrics, "engine": engine},
         stage=Stage.GENERATE,
         attempts_left=QueueEntry.attempts_left + 1,
         available_at=transaction.now,
         notified_at=transaction.now,
     )
-    if job is not None and job.status == State.QUEUED:
-        job.metrics, job.engine = metrics, engine
-    return job
 
 
 def reencode(transaction: Transaction, lease: Lease, failure: Failure) -> Job | None:

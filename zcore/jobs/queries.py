@@ -155,6 +155,12 @@ def has_event(transaction: Transaction, job_id: uuid.UUID, attempt: int, types: 
     return transaction.session.scalar(select(found.exists())) is True
 
 
+def last_detail(transaction: Transaction, job_id: uuid.UUID, event: str) -> dict[str, Any]:
+    """Return the detail of a job's last event of this type; empty if there is none."""
+    details = select(Event.detail).where(Event.job_id == job_id, Event.type == event).order_by(Event.id.desc())
+    return transaction.session.scalar(details.limit(1)) or {}
+
+
 def output(transaction: Transaction, job_id: uuid.UUID, position: int, owner: str | None = None) -> tuple[Job, Output]:
     """Return a job and its image at `position`. Raises `NotFound` if either does not exist."""
     job = get(transaction, job_id, owner)

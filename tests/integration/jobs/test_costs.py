@@ -4,6 +4,7 @@ The server of the tests writes no full pages, so the WAL of a statement does not
 """
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from statistics import median
@@ -18,10 +19,12 @@ from tests.waiting import wait_until
 from zcore.jobs import claims, lifecycle, search
 from zcore.jobs.claims import Lease
 from zcore.jobs.database import Database
+from zcore.stages import Stage
 
 WAL_LIMIT_BYTES = 4096
 SEARCH_LIMIT_BYTES = 512
 """The index of the search, for a short prompt. A long one costs up to 3 KiB; see `tests/benchmarks/LOG.md`."""
+ENCODING_LIMIT_BYTES = 1536
 JOBS = 21
 HEARTBEATS = 200
 ENGINE = {"model": "Z-Image-Turbo", "torch": "2.13.0", "device": "NVIDIA H100", "transformer_dtype": "bfloat16"}
@@ -96,6 +99,29 @@ def test_a_job_without_a_search_index_costs_four_kib_of_wal(record: Database, mo
     jobs = [one_job(record) for _ in range(JOBS)]
     steps = {name: median(job[name] for job in jobs) for name in jobs[0]}
     assert median(sum(job.values()) for job in jobs) <= WAL_LIMIT_BYTES, steps
+
+
+def test_completing_the_encoding_does_not_rewrite_the_job(record: Database) -> None:
+    def place_of_row(job_id: uuid.UUID) -> str:
+        with observer(record) as connection:
+            return str(connection.exec_driver_sql("SELECT ctid FROM jobs WHERE id = %s", (job_id,)).scalar_one())
+
+    def encode() -> int:
+        job = submit(record, stage=Stage.ENCODE, prompt=PROMPT * 20)
+        lease = claim(record, "cpu-1", [Stage.ENCODE])
+
+        def complete() -> None:
+            with record.write() as transaction:
+                assert lifecycle.complete_encoding(transaction, lease, METRICS, ENGINE) is not None
+
+        before = place_of_row(job.id)
+        written = wal_bytes(record, complete)
+        assert place_of_row(job.id) == before
+        return written
+
+    encode()
+    written = median(encode() for _ in range(JOBS))
+    assert written < ENCODING_LIMIT_BYTES
 
 
 def test_heartbeats_rewrite_no_index(record: Database) -> None:

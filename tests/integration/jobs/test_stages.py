@@ -66,7 +66,9 @@ def test_an_encoded_job_waits_for_generation_without_counting_the_attempt(databa
     job = fetch(database, job.id)
     assert (job.status, job.stage, job.attempt, job.attempts_left) == ("queued", "generate", 1, 1)
     assert (job.embedding_attempt, job.lease_token) == (1, None)
-    assert (job.metrics, job.engine) == ({"encode_ms": 7}, {"encoder": "cpu"})
+    with database.read() as transaction:
+        encoding = queries.last_detail(transaction, job.id, "encoded")
+    assert encoding == {"metrics": {"encode_ms": 7}, "engine": {"encoder": "cpu"}}
     assert job.available_at == job.notified_at == clock.now, "the second wait begins, and its worker notifies"
     assert events(database, job.id) == ["queued", "claimed", "encoded"]
     assert nothing_for(database, ENCODE)

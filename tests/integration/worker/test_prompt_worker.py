@@ -11,6 +11,7 @@ from worker.maintenance.scheduler import Maintenance
 from zcore.errors import InvalidRequest, StorageError
 from zcore.image_files.writing import read_parameters
 from zcore.jobs import claims, lifecycle, queries
+from zcore.jobs.models import Event
 from zcore.request import GenerationRequest
 from zcore.stages import Stage
 
@@ -34,8 +35,8 @@ def test_the_metrics_and_engine_of_both_workers_are_recorded_with_the_image(envi
     job_id = environment.submit(stage=Stage.ENCODE)
     environment.encode_due()
     with environment.database.write() as transaction:
-        job = queries.get(transaction, job_id)
-        job.metrics = {"queue_ms": 1000, "encode_ms": 200, "upload_ms": 30}
+        encoded = transaction.session.query(Event).filter_by(job_id=job_id, type="encoded").one()
+        encoded.detail = {**encoded.detail, "metrics": {"queue_ms": 1000, "encode_ms": 200, "upload_ms": 30}}
     environment.generate_due(**GENERATE_ONLY)
     job = environment.job(job_id)
     assert job.metrics["encode_ms"] == 200
