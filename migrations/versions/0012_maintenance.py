@@ -11,6 +11,10 @@ down_revision: str | None = "0011"
 branch_labels: str | Sequence[str] | None = None
 depends_on: str | Sequence[str] | None = None
 
+EARLIER_UPLOADS = "inputs_of_0012"
+"""The uploads that a downgrade took out of `inputs`, because the version before would look under other keys."""
+COLUMNS = "owner, sha256, format, width, height, bytes, expires_at, storage_key, stored_at"
+IS_NEWER = "storage_key LIKE 'inputs/%/%-%'"
 INPUTS = sa.table("inputs", sa.column("owner"), sa.column("sha256"), sa.column("storage_key"), sa.column("stored_at"))
 
 
@@ -27,6 +31,8 @@ def upgrade() -> None:
     with op.batch_alter_table("inputs") as batch:
         batch.alter_column("storage_key", existing_type=sa.String(length=200), nullable=False)
     op.create_index(op.f("ix_inputs_storage_key"), "inputs", ["storage_key"], unique=True)
+    if sa.inspect(connection).has_table(EARLIER_UPLOADS):
+        _restore_uploads()
     op.add_column("leftovers", sa.Column("tries", sa.Integer(), server_default="0", nullable=False))
     op.create_table(
         "leaders",
@@ -55,9 +61,26 @@ def downgrade() -> None:
     op.drop_table("leaders")
     op.drop_column("leftovers", "tries")
     op.drop_index(op.f("ix_inputs_storage_key"), "inputs")
+    _set_newer_uploads_aside()
     with op.batch_alter_table("inputs") as batch:
         batch.drop_column("stored_at")
         batch.drop_column("storage_key")
+
+
+def _set_newer_uploads_aside() -> None:
+    if not op.get_bind().scalar(sa.text(f"SELECT count(*) FROM inputs WHERE {IS_NEWER}")):
+        return
+    op.execute(f"CREATE TABLE {EARLIER_UPLOADS} AS SELECT {COLUMNS} FROM inputs WHERE {IS_NEWER}")
+    op.execute(f"DELETE FROM inputs WHERE {IS_NEWER}")
+
+
+def _restore_uploads() -> None:
+    """Restore what a downgrade has set aside, except what was uploaded again in the meantime."""
+    op.execute(
+        f"INSERT INTO inputs ({COLUMNS}) SELECT {COLUMNS} FROM {EARLIER_UPLOADS} AS earlier WHERE NOT EXISTS"
+        " (SELECT 1 FROM inputs WHERE inputs.owner = earlier.owner AND inputs.sha256 = earlier.sha256)"
+    )
+    op.drop_table(EARLIER_UPLOADS)
 
 
 def _earlier_key(owner: str, sha256: str) -> str:

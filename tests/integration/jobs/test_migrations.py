@@ -19,11 +19,12 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.integration.jobs.examples import claim, events, fetch, submit
 from tests.services.postgres import Postgres
-from zcore.jobs import lifecycle, lora_library, queries
+from zcore.jobs import lifecycle, lora_library, queries, uploads
 from zcore.jobs.database import Database
 from zcore.jobs.lora_library import UploadedLora
-from zcore.jobs.models import ONLY_ON, Table
+from zcore.jobs.models import ONLY_ON, Input, Table
 from zcore.jobs.queries import JobFilter
+from zcore.jobs.uploads import UploadedImage
 from zcore.stages import Stage
 
 TREE = Path(__file__).resolve().parents[3]
@@ -177,6 +178,32 @@ def test_loras_from_before_strict_are_strict(pair: Pair) -> None:
         with database.read() as transaction:
             (stored,) = lora_library.list_all(transaction)
             assert (stored.name, stored.bytes, stored.strict) == ("night", 10, True)
+
+
+def test_uploads_that_an_earlier_version_could_not_find_are_back_after_an_upgrade(pair: Pair) -> None:
+    """The earlier version derives the key of an upload, and would look for a newer one where it is not."""
+    with closing(Database(pair.migrated)) as database:
+        with database.write() as transaction:
+            for owner in ("anna", "ben"):
+                recorded = uploads.record(transaction, owner, UploadedImage("a" * 64, "png", 64, 48, 1234))
+                uploads.mark_stored(transaction, recorded, 86_400)
+        before = {owner: found.storage_key for owner, found in stored_uploads(database).items()}
+        command.downgrade(settings_of_alembic(pair.migrated), "0011")
+        again = f"INSERT INTO inputs SELECT 'ben', '{'a' * 64}', 'png', 64, 48, 1234, CURRENT_TIMESTAMP"
+        with database.engine.begin() as connection:
+            assert connection.exec_driver_sql("SELECT count(*) FROM inputs").scalar_one() == 0
+            connection.exec_driver_sql(again)
+        command.upgrade(settings_of_alembic(pair.migrated), "head")
+        after = stored_uploads(database)
+        assert after["anna"].storage_key == before["anna"]
+        assert after["anna"].stored_at is not None
+        assert after["ben"].storage_key != before["ben"], "it was uploaded again"
+
+
+def stored_uploads(database: Database) -> dict[str, Input]:
+    """Return the uploads by owner."""
+    with database.read() as transaction:
+        return {row.owner: row for row in transaction.session.query(Input)}
 
 
 def test_events_are_renamed_in_both_directions(pair: Pair) -> None:
