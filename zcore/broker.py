@@ -13,7 +13,13 @@ from typing import Any, cast
 
 from celery import Celery
 
-from zcore.broker_transports import DRAIN_TASK, FOLDER_TRANSPORT, REDIS_TRANSPORT, SENTINEL_TRANSPORT
+from zcore.broker_transports import (
+    DRAIN_TASK,
+    FOLDER_TRANSPORT,
+    REDIS_TRANSPORT,
+    SENTINEL_TRANSPORT,
+    remove_lost_drafts,
+)
 from zcore.settings import Settings
 from zcore.stages import Stage
 from zcore.telemetry import log
@@ -125,6 +131,7 @@ def _transport(settings: Settings) -> tuple[str | None, dict[str, Any]]:
     if not url:
         folder = settings.data_path / "broker" / "queue"
         folder.mkdir(parents=True, exist_ok=True)
+        remove_lost_drafts(folder)
         return FOLDER_TRANSPORT, {"folder": str(folder), "polling_interval": 0.05}
     if url.startswith("sentinel"):
         return SENTINEL_TRANSPORT, REDIS_OPTIONS

@@ -5,12 +5,13 @@ such a message end the worker, and its folder contains empty files when the disk
 message is complete.
 """
 
+import contextlib
 import os
 import uuid
 from datetime import datetime
 from pathlib import Path
 from queue import Empty
-from time import time_ns
+from time import time, time_ns
 from typing import Any, Literal, cast
 
 import msgspec
@@ -26,6 +27,10 @@ NO_ARGUMENTS = "W1tdLHt9LHt9XQ=="
 """`[[],{},{}]` in base64: the arguments of a task, its keyword arguments and its callbacks."""
 _DECODING_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What kombu's decoder raises, which has errors of its own for each type. A connection raises none of these."""
+
+
+DRAFT_LIFETIME_S = 60.0
+"""After this time no process still writes a draft: it was killed, or its disk failed."""
 
 
 class _Headers(msgspec.Struct):
@@ -73,6 +78,14 @@ class _Delivering(virtual.Transport):
             log.warning("broker.message_discarded", queue=queue, reason="it is not a notification")
         else:
             super()._deliver(found, queue)
+
+
+def remove_lost_drafts(folder: Path) -> None:
+    """Remove the messages whose writer did not complete them."""
+    for draft in folder.glob("*.draft"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if time() - draft.stat().st_mtime > DRAFT_LIFETIME_S:
+                draft.unlink()
 
 
 class FolderChannel(virtual.Channel):

@@ -1,5 +1,6 @@
 """Notifier: notifications arrive, and no fault of the broker reaches the publisher."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -54,6 +55,18 @@ def test_a_notification_arrives_without_data(settings: Settings, received: Calla
     assert notification.headers["task"] == DRAIN_TASK
     assert notification.payload[:2] == [[], {}]
     assert notification.headers["expires"] is not None
+
+
+def test_a_message_that_was_never_completed_is_removed_when_a_process_starts(tmp_path: Path) -> None:
+    settings = Installation(tmp_path, {"broker.url": ""}).settings
+    make_app(settings)
+    folder = settings.data_path / "broker" / "queue"
+    names = [f"1-{number}.{queue_name(Stage.GENERATE)}.draft" for number in range(2)]
+    for name in names:
+        (folder / name).touch()
+    os.utime(folder / names[0], (0, 0))
+    make_app(settings)
+    assert [path.name for path in folder.iterdir()] == names[1:], "a process may be writing the young one"
 
 
 def test_closing_publishes_what_is_pending(settings: Settings, received: Callable[[], list[Message]]) -> None:
