@@ -15,6 +15,7 @@ from typing import Any, cast
 import httpx
 import msgspec
 
+from worker.backoff import pauses
 from worker.outbound.addresses import Target, resolve
 from worker.outbound.client import OutboundClient
 from worker.periodic import PeriodicTask
@@ -23,7 +24,7 @@ from worker.webhooks.retry_schedule import retry_delay_s
 from worker.webhooks.signature import signature_headers
 from zcore.errors import ForbiddenAddress
 from zcore.jobs import webhooks
-from zcore.jobs.database import Database, DatabaseError
+from zcore.jobs.database import Database, DatabaseError, temporary_fault
 from zcore.jobs.resource import JobResource, MakeLink, WebhookPayload, WebhookType, linked
 from zcore.jobs.webhooks import AttemptOutcome, DueWebhook
 from zcore.settings import WebhooksSettings
@@ -32,6 +33,7 @@ from zcore.telemetry import log
 MAX_STORED_RESPONSE_CHARACTERS = 500
 MAX_READ_RESPONSE_BYTES = 4096
 RESPONSE_BODY_TIMEOUT_S = 2.0
+RECORD_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 # A body stays below the 20 kB that Standard Webhooks asks for, even with eight images; the job's URL has the full text.
 MAX_PROMPT_CHARACTERS = 1000
 MAX_OTHER_TEXT_CHARACTERS = 100
@@ -65,6 +67,7 @@ class Deliverer:
         self._public_url = public_url
         self._secret = secret
         self._settings = settings
+        self._shutdown = shutdown
         self._free_threads = threading.Semaphore(settings.concurrency)
         self._pool = ThreadPoolExecutor(max_workers=settings.concurrency, thread_name_prefix="deliver")
         self._client = OutboundClient()
@@ -104,8 +107,7 @@ class Deliverer:
     def _deliver(self, webhook: DueWebhook) -> None:
         try:
             outcome = self._attempt(webhook)
-            with self._database.write() as transaction:
-                webhooks.record_attempt(transaction, webhook, outcome)
+            self._record(webhook, outcome)
             log.info(
                 "webhook.delivered" if outcome.delivered else "webhook.attempt_failed",
                 event_id=str(webhook.id),
@@ -117,6 +119,25 @@ class Deliverer:
             log.error("webhook.attempt_crashed", event_id=str(webhook.id), exc_info=fault)
         finally:
             self._free_threads.release()
+
+    def _record(self, webhook: DueWebhook, outcome: AttemptOutcome) -> None:
+        """Record an attempt. While the database is away that is repeated, or a delivered event would be sent again.
+
+        Raises `DatabaseError` if it is still away when the grace period of a shutdown ends.
+        """
+        is_repeated = False
+        pauses_s = pauses(RECORD_BACKOFF_S)
+        while True:
+            try:
+                with self._database.write() as transaction:
+                    webhooks.record_attempt(transaction, webhook, outcome, is_repeated=is_repeated)
+                return
+            except DatabaseError as fault:
+                if temporary_fault(fault) is None or self._shutdown.is_overdue:
+                    raise
+                log.warning("webhook.record_repeated", event_id=str(webhook.id), error=type(fault).__name__)
+            is_repeated = True
+            time.sleep(next(pauses_s))
 
     def _attempt(self, webhook: DueWebhook) -> AttemptOutcome:
         body = self._body(webhook)

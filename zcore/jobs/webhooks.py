@@ -86,9 +86,26 @@ def is_due(transaction: Transaction) -> ColumnElement[bool]:
     return WebhookEvent.next_attempt_at <= transaction.time()
 
 
-def record_attempt(transaction: Transaction, webhook: DueWebhook, outcome: AttemptOutcome) -> None:
-    """Record an attempt, and set the time of the next one if the claim is still valid."""
+def record_attempt(
+    transaction: Transaction, webhook: DueWebhook, outcome: AttemptOutcome, *, is_repeated: bool = False
+) -> None:
+    """Record an attempt, and set the time of the next one if the claim is still valid.
+
+    A call that `is_repeated`, because the answer to the first one was lost, changes nothing if that one was written.
+    """
     retry_at = None if outcome.retry_in_s is None else transaction.now + timedelta(seconds=outcome.retry_in_s)
+    claimed = transaction.session.scalars(
+        update(WebhookEvent)
+        .where(WebhookEvent.id == webhook.id, WebhookEvent.next_attempt_at == webhook.held_until)
+        .values(
+            delivered_at=transaction.now if outcome.delivered else None,
+            next_attempt_at=None if outcome.delivered else retry_at,
+        )
+        .returning(WebhookEvent.id)
+        .execution_options(synchronize_session=False)
+    ).one_or_none()
+    if claimed is None and is_repeated:
+        return
     transaction.session.add(
         WebhookAttempt(
             event_id=webhook.id,
@@ -98,15 +115,6 @@ def record_attempt(transaction: Transaction, webhook: DueWebhook, outcome: Attem
             status_code=outcome.status_code,
             response_body=outcome.response_body,
         )
-    )
-    transaction.session.execute(
-        update(WebhookEvent)
-        .where(WebhookEvent.id == webhook.id, WebhookEvent.next_attempt_at == webhook.held_until)
-        .values(
-            delivered_at=transaction.now if outcome.delivered else None,
-            next_attempt_at=None if outcome.delivered else retry_at,
-        )
-        .execution_options(synchronize_session=False)
     )
 
 

@@ -1,6 +1,7 @@
 """Webhooks of ended jobs are signed, delivered, retried by schedule, and every attempt is recorded."""
 
 import time
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
@@ -8,14 +9,18 @@ from pathlib import Path
 
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
+from structlog.testing import capture_logs
 
 from tests.api_description import Description, document_of
-from tests.integration.webhooks.conftest import SECRET, Start, attempts_of, ended_job, webhook
+from tests.integration.webhooks.conftest import PUBLIC_URL, SECRET, Start, attempts_of, ended_job, link, webhook
 from tests.integration.webhooks.receiver import Receiver, receiving, status
 from tests.waiting import wait_until
+from worker.shutdown import Shutdown
+from worker.webhooks.delivery import Deliverer
 from worker.webhooks.retry_schedule import retry_delay_s
 from zcore.jobs import claims, lifecycle, webhooks
-from zcore.jobs.database import Database
+from zcore.jobs.database import Database, Limits
+from zcore.jobs.webhooks import AttemptOutcome
 from zcore.request import GenerationDefaults, RequestLimits, parse_submission
 from zcore.settings import WebhooksSettings, load_settings
 
@@ -62,6 +67,44 @@ def test_a_delivered_event_is_recorded_and_not_sent_again(database: Database, re
     second = ended_job(database, receiver.url)
     attempts_of(database, second, 1)
     assert len(receiver.requests) == 2, "each event is sent once"
+
+
+def test_the_result_of_a_delivery_waits_for_a_connection(database_url: str, receiver: Receiver) -> None:
+    """A result that is not recorded would have the receiver get the event twice."""
+    with (
+        closing(Database(database_url, pool_size=1, limits=Limits(pool_s=0.1))) as database,
+        ExitStack() as holding,
+        capture_logs() as logs,
+    ):
+
+        def hold_connection(handler: BaseHTTPRequestHandler) -> None:
+            holding.enter_context(database.read())
+            status(200)(handler)
+
+        receiver.script(hold_connection)
+        job = ended_job(database, receiver.url)
+        settings = WebhooksSettings(timeout_s=5, allow_private_addresses=True)
+        deliverer = Deliverer(
+            database, link, PUBLIC_URL, SECRET, settings, interval_s=60, shutdown=Shutdown(grace_s=60)
+        )
+        deliverer.start()
+        wait_until(lambda: [entry for entry in logs if entry["event"] == "webhook.record_repeated"])
+        holding.close()
+        attempts_of(database, job, 1)
+        deliverer.stop()
+        event, attempts = webhook(database, job)
+    assert (event.delivered_at is not None, len(attempts), len(receiver.requests)) == (True, 1, 1)
+
+
+def test_a_result_whose_answer_was_lost_is_recorded_once(database: Database, receiver: Receiver) -> None:
+    job = ended_job(database, receiver.url)
+    with database.write() as transaction:
+        (due,) = webhooks.claim_due(transaction, 1, hold_s=60)
+    outcome = AttemptOutcome(True, 204, "", 5, None)
+    for is_repeated in (False, True):
+        with database.write() as transaction:
+            webhooks.record_attempt(transaction, due, outcome, is_repeated=is_repeated)
+    assert len(webhook(database, job)[1]) == 1
 
 
 def test_a_refused_event_is_retried_by_schedule_under_the_same_id(
