@@ -16,6 +16,7 @@ from sqlalchemy import (
     Select,
     String,
     Uuid,
+    Values,
     column,
     func,
     literal,
@@ -31,6 +32,7 @@ from sqlalchemy import (
 from zcore.jobs import guarded_update, states
 from zcore.jobs.database import Condition, Transaction
 from zcore.jobs.guarded_update import NO_PROGRESS
+from zcore.jobs.ids import FIRST_ID, first_id_at
 from zcore.jobs.models import READY, Job, QueueEntry, QueueMark
 from zcore.request import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from zcore.stages import Stage
@@ -38,7 +40,6 @@ from zcore.stages import Stage
 PROMOTED_AT_ONCE = 100
 MARK_DISTANCE = timedelta(minutes=1)
 """A submission that commits within this time has its id above every mark."""
-_NO_BOUND = uuid.UUID(int=0)
 # At equal priority, generation comes first: it finishes what has begun.
 _STAGES_IN_ORDER = (Stage.GENERATE, Stage.ENCODE)
 
@@ -95,6 +96,20 @@ def promote(transaction: Transaction) -> int:
     ).all()
     lower_marks(transaction, [(stage, priority, job_id) for stage, priority, job_id in promoted])
     return len(promoted)
+
+
+def ready_in_order(transaction: Transaction, stage: Stage, limit: int) -> Select[uuid.UUID]:
+    """Return a SELECT of the first `limit` ready jobs of a stage in the order in which they are claimed."""
+    if not transaction.is_postgresql:
+        return (
+            select(QueueEntry.job_id)
+            .where(text(READY), QueueEntry.stage == stage)
+            .order_by(QueueEntry.priority.desc(), QueueEntry.position)
+            .limit(limit)
+        )
+    level, ready = _ready_by_level([stage])
+    first = ready.limit(limit).lateral("first")
+    return select(first.c.job_id).select_from(level.join(first, true())).limit(limit)
 
 
 def is_due(transaction: Transaction) -> tuple[Condition, ...]:
@@ -171,7 +186,7 @@ def advance_marks(transaction: Transaction) -> None:
     locked = _lock_marks(transaction)
     if not locked:
         return
-    bound = uuid.UUID(int=int((transaction.now - MARK_DISTANCE).timestamp() * 1000) << 80)
+    bound = first_id_at(transaction.now - MARK_DISTANCE)
     first_running = select(QueueEntry.job_id).where(text("status = 'running'")).order_by(QueueEntry.job_id).limit(1)
     first_ready = _first_ready(QueueEntry.position >= QueueMark.lowest)
     candidates = (func.coalesce(one.scalar_subquery(), bound) for one in (first_running, first_ready))
@@ -232,9 +247,16 @@ def _claim_ready(transaction: Transaction, worker: str, lease_s: float, stages: 
 
 
 def _first_by_level(served: Sequence[Stage]) -> ScalarSelect[uuid.UUID]:
-    """Select and lock the first ready job: level by level (priority and stage), each from its mark on.
+    """Select and lock the first ready job."""
+    level, ready = _ready_by_level(served)
+    first = ready.limit(1).with_for_update(skip_locked=True).lateral("first")
+    return select(first.c.job_id).select_from(level.join(first, true())).limit(1).scalar_subquery()
 
-    The levels are read in the order in which they are listed, and the first level with a job ends the search.
+
+def _ready_by_level(served: Sequence[Stage]) -> tuple[Values, Select[uuid.UUID]]:
+    """Return the levels (priority and stage) in order, and a SELECT of the ready jobs of one, from its mark on.
+
+    The levels are read in the order in which they are listed, and only until a LIMIT of the enclosing SELECT is met.
     """
     level = values(column("stage", String), column("priority", Integer), name="level", literal_binds=True).data(
         [(stage, priority) for priority in range(HIGHEST_PRIORITY, LOWEST_PRIORITY - 1, -1) for stage in served]
@@ -245,20 +267,17 @@ def _first_by_level(served: Sequence[Stage]) -> ScalarSelect[uuid.UUID]:
         .correlate(level)
         .scalar_subquery()
     )
-    first = (
+    ready = (
         select(QueueEntry.job_id)
         .where(
             text(READY),
             QueueEntry.stage == level.c.stage,
             QueueEntry.priority == level.c.priority,
-            QueueEntry.position >= func.coalesce(mark, literal(_NO_BOUND, Uuid)),
+            QueueEntry.position >= func.coalesce(mark, literal(FIRST_ID, Uuid)),
         )
         .order_by(QueueEntry.position)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .lateral("first")
     )
-    return select(first.c.job_id).select_from(level.join(first, true())).limit(1).scalar_subquery()
+    return level, ready
 
 
 def _first_by_stage(served: Sequence[Stage]) -> ScalarSelect[uuid.UUID]:

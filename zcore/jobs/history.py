@@ -10,8 +10,9 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement, delete, select
 
-from zcore.jobs import queries, search
+from zcore.jobs import search
 from zcore.jobs.database import Transaction
+from zcore.jobs.ids import first_id_at
 from zcore.jobs.lifecycle import IDEMPOTENCY_KEY_LIFETIME
 from zcore.jobs.models import Event, Job, Leftover, Output, WebhookAttempt, WebhookEvent
 from zcore.jobs.states import State
@@ -42,7 +43,7 @@ def _lock_old(transaction: Transaction, state: State, ended_before: datetime, li
         select(Job.id)
         .where(
             Job.stored_status == state,
-            Job.id < uuid.UUID(int=queries.first_id_at(ended_before)),
+            Job.id < first_id_at(ended_before),
             Job.completed_at < ended_before,
             *_is_done(),
         )

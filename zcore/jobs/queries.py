@@ -10,24 +10,25 @@ import re
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select, text, tuple_
+from sqlalchemy import ColumnElement, Select, func, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute
 
 from zcore.errors import InvalidRequest, NotFound
-from zcore.jobs import search
+from zcore.jobs import claims, search
 from zcore.jobs.database import Transaction
-from zcore.jobs.models import READY, Event, Job, Output, QueueEntry, WebhookAttempt, WebhookEvent
+from zcore.jobs.ids import FIRST_ID, LAST_ID, first_id_at, nearest_id
+from zcore.jobs.models import Event, Job, Output, QueueEntry, WebhookAttempt, WebhookEvent
 from zcore.jobs.search import IdRange
 from zcore.jobs.search_terms import parse_query
 from zcore.jobs.states import ACTIVE, TERMINAL, State
+from zcore.stages import Stage
 
 COUNTED_AT_MOST = 10_000
 POSITION_AT_MOST = 1_000
 IDS_PER_QUERY = 500  # databases limit the number of parameters of a statement
-LAST_ID = 2**128 - 1
 # Fewer digits would also be numbers that occur in prompts, and name the jobs of months.
 ID_BEGINNING = re.compile(r"[0-9a-f]{6,32}")
 
@@ -80,39 +81,26 @@ def get(transaction: Transaction, job_id: uuid.UUID, owner: str | None = None, *
 
 
 def queue_position(transaction: Transaction, job: Job) -> int | None:
-    """Return the job's position in the queue of its stage, from 1; None if it is not queued. Stops at 1,001."""
+    """Return the job's position in the queue of its stage, from 1; None if it is not queued. Stops at 1,001.
+
+    A scheduled job is behind all that are ready.
+    """
     if job.status != State.QUEUED:
         return None
-    before = (
-        select(QueueEntry.job_id)
-        .where(
-            text(READY),
-            QueueEntry.stage == job.stage,
-            or_(
-                QueueEntry.priority > job.priority,
-                and_(QueueEntry.priority == job.priority, QueueEntry.position < job.id),
-            ),
-        )
-        .limit(POSITION_AT_MOST)
-        .subquery()
-    )
-    return 1 + (transaction.session.scalar(select(func.count()).select_from(before)) or 0)
+    first = claims.ready_in_order(transaction, Stage(job.stage), POSITION_AT_MOST).subquery()
+    numbered = select(first.c.job_id, func.row_number().over().label("position")).subquery()
+    own = func.max(numbered.c.position).filter(numbered.c.job_id == job.id)
+    return transaction.session.scalars(select(func.coalesce(own, func.count() + 1)).select_from(numbered)).one()
 
 
 def queue_positions(transaction: Transaction, jobs: Sequence[Job]) -> dict[uuid.UUID, int]:
     """Return the positions of those jobs that are queued, as `queue_position` does, with one query per stage."""
     queued = [job for job in jobs if job.status == State.QUEUED]
-    positions = {job.id: POSITION_AT_MOST + 1 for job in queued}
+    positions: dict[uuid.UUID, int] = {}
     for stage in {job.stage for job in queued}:
-        first = (
-            select(QueueEntry.job_id)
-            .where(text(READY), QueueEntry.stage == stage)
-            .order_by(QueueEntry.priority.desc(), QueueEntry.position)
-            .limit(POSITION_AT_MOST)
-        )
-        for position, job_id in enumerate(transaction.session.scalars(first), start=1):
-            if job_id in positions:
-                positions[job_id] = position
+        first = transaction.session.scalars(claims.ready_in_order(transaction, Stage(stage), POSITION_AT_MOST)).all()
+        found = {job_id: position for position, job_id in enumerate(first, start=1)}
+        positions |= {job.id: found.get(job.id, len(first) + 1) for job in queued if job.stage == stage}
     return positions
 
 
@@ -204,12 +192,6 @@ def past_retention(transaction: Transaction, limit: int) -> Sequence[Job]:
     return transaction.session.scalars(statement).all()
 
 
-def first_id_at(moment: datetime) -> int:
-    """Return the lowest UUIDv7 of that millisecond. A time without a zone is taken as UTC."""
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0, int(aware.timestamp() * 1000)) << 80
-
-
 def _with_text(transaction: Transaction, wanted: JobFilter, ids: IdRange, limit: int) -> Sequence[Job]:
     """Return the first `limit` jobs in the range that pass the filter, its text included."""
     text = wanted.text or ""
@@ -259,13 +241,13 @@ def _listed(
 
 def _id_range(wanted: JobFilter, cursor: str | None, newer: bool) -> IdRange:
     """Return the range of ids to list. UUIDv7 makes a range of times a range of ids."""
-    lowest = 0 if wanted.created_from is None else first_id_at(wanted.created_from)
-    highest = LAST_ID if wanted.created_before is None else first_id_at(wanted.created_before) - 1
+    lowest = FIRST_ID.int if wanted.created_from is None else first_id_at(wanted.created_from).int
+    highest = LAST_ID.int if wanted.created_before is None else first_id_at(wanted.created_before).int - 1
     if cursor is not None and newer:
         lowest = max(lowest, _from_cursor(cursor) + 1)
     elif cursor is not None:
         highest = min(highest, _from_cursor(cursor) - 1)
-    return IdRange(uuid.UUID(int=min(lowest, LAST_ID)), uuid.UUID(int=max(highest, 0)), newest_first=not newer)
+    return IdRange(nearest_id(lowest), nearest_id(highest), newest_first=not newer)
 
 
 def _ids_beginning_with(text: str, among: IdRange) -> IdRange | None:

@@ -13,6 +13,7 @@ from sqlalchemy import ARRAY, ColumnElement, Select, Text, cast, delete, func, i
 from sqlalchemy.dialects.postgresql import TSQUERY, TSVECTOR
 
 from zcore.jobs.database import Transaction
+from zcore.jobs.ids import nearest_id
 from zcore.jobs.models import SEARCH_INDEX, Job, SearchNumber, SearchTerms
 from zcore.jobs.search_terms import Word, job_terms
 
@@ -34,8 +35,8 @@ class IdRange:
     def after(self, last: uuid.UUID) -> "IdRange":
         """Return the part that follows `last`, which lies in this one."""
         if self.newest_first:
-            return replace(self, highest=uuid.UUID(int=max(last.int - 1, 0)))
-        return replace(self, lowest=uuid.UUID(int=min(last.int + 1, 2**128 - 1)))
+            return replace(self, highest=nearest_id(last.int - 1))
+        return replace(self, lowest=nearest_id(last.int + 1))
 
     def contains(self, job_id: Any) -> ColumnElement[bool]:
         """Return the condition that the column is in the range."""

@@ -10,11 +10,11 @@ from datetime import timedelta
 from sqlalchemy import ColumnElement, Select, select, true, update
 
 from zcore.jobs.database import Transaction
+from zcore.jobs.ids import FIRST_ID, LAST_ID
 from zcore.jobs.models import Input, Job, Leftover, Lora, Output, Sweep
 from zcore.jobs.states import TERMINAL, State
 from zcore.storage_keys import JOBS, UPLOADS, is_lora_key, is_upload_key, job_of
 
-FIRST_ID, LAST_ID = uuid.UUID(int=0), uuid.UUID(int=2**128 - 1)
 EXPECTED_AT_ONCE = 2000
 
 

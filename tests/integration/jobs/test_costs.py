@@ -16,9 +16,10 @@ from sqlalchemy import Connection, event
 from tests.integration.jobs.examples import LEASE_S, Clock, claim, submit
 from tests.services.postgres import Postgres
 from tests.waiting import wait_until
-from zcore.jobs import claims, lifecycle, search
+from zcore.jobs import claims, lifecycle, queries, search
 from zcore.jobs.claims import Lease
 from zcore.jobs.database import Database
+from zcore.jobs.models import Job
 from zcore.stages import Stage
 
 WAL_LIMIT_BYTES = 4096
@@ -191,6 +192,35 @@ def test_a_claim_reads_no_entries_of_jobs_that_have_left_the_queue(record: Datab
         assert pages_of_a_claim(record) < 250 < unbounded
 
 
+def test_a_queue_position_reads_no_entries_of_jobs_that_have_left_the_queue(record: Database) -> None:
+    with observer(record) as connection, record.engine.connect() as backup:
+        connection.exec_driver_sql(DEAD)
+        backup.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        backup.exec_driver_sql("SELECT count(*) FROM queue")
+        connection.exec_driver_sql("DELETE FROM queue")
+        job = submit(record)
+        unbounded = pages_of_positions(record, job)
+        with record.write() as transaction:
+            claims.advance_marks(transaction)
+        for pages, dead in zip(pages_of_positions(record, job), unbounded, strict=True):
+            assert pages < 250 < dead
+
+
+def pages_of_positions(database: Database, job: Job) -> list[int]:
+    """Return how many pages PostgreSQL reads to find the position of a job, alone and in a list."""
+    asked: list[tuple[str, Any]] = []
+
+    def remember(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(database.engine, "before_cursor_execute", remember)
+    with database.read() as transaction:
+        assert queries.queue_position(transaction, job) == 1
+        assert queries.queue_positions(transaction, [job]) == {job.id: 1}
+    event.remove(database.engine, "before_cursor_execute", remember)
+    return [pages_of(database, *one) for one in asked if "queue" in one[0]]
+
+
 def pages_of_a_claim(database: Database) -> int:
     """Return how many pages PostgreSQL reads to find the next job. Claims none."""
     asked: list[tuple[str, Any]] = []
@@ -203,7 +233,12 @@ def pages_of_a_claim(database: Database) -> int:
         assert claims.claim(transaction, "worker-1", LEASE_S) is not None
         transaction.session.rollback()
     event.remove(database.engine, "before_cursor_execute", remember)
-    [(statement, parameters)] = [one for one in asked if one[0].startswith("UPDATE queue")]
+    [found] = [one for one in asked if one[0].startswith("UPDATE queue")]
+    return pages_of(database, *found)
+
+
+def pages_of(database: Database, statement: str, parameters: Any) -> int:
+    """Return how many pages PostgreSQL reads for a statement. It is executed, and rolled back."""
     with database.engine.connect() as connection:
         plan = connection.exec_driver_sql(
             f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", parameters
