@@ -7,16 +7,18 @@ import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
     Integer,
     ScalarSelect,
     Select,
     String,
+    TableValuedAlias,
     Uuid,
-    Values,
     column,
     func,
     literal,
@@ -26,7 +28,6 @@ from sqlalchemy import (
     tuple_,
     union_all,
     update,
-    values,
 )
 
 from zcore.jobs import guarded_update, states
@@ -228,7 +229,7 @@ def lower_marks(transaction: Transaction, ready: Iterable[tuple[str, int, uuid.U
 
 def _claim_ready(transaction: Transaction, worker: str, lease_s: float, stages: Collection[Stage]) -> Job | None:
     only_encodes = Stage.GENERATE not in stages
-    served = [stage for stage in _STAGES_IN_ORDER if stage in stages]
+    served = tuple(stage for stage in _STAGES_IN_ORDER if stage in stages)
     first = _first_by_level(served) if transaction.is_postgresql else _first_by_stage(served)
     return guarded_update.move(
         transaction,
@@ -246,21 +247,27 @@ def _claim_ready(transaction: Transaction, worker: str, lease_s: float, stages: 
     )
 
 
-def _first_by_level(served: Sequence[Stage]) -> ScalarSelect[uuid.UUID]:
+@cache
+def _first_by_level(served: tuple[Stage, ...]) -> ScalarSelect[uuid.UUID]:
     """Select and lock the first ready job."""
     level, ready = _ready_by_level(served)
     first = ready.limit(1).with_for_update(skip_locked=True).lateral("first")
     return select(first.c.job_id).select_from(level.join(first, true())).limit(1).scalar_subquery()
 
 
-def _ready_by_level(served: Sequence[Stage]) -> tuple[Values, Select[uuid.UUID]]:
+def _ready_by_level(served: Sequence[Stage]) -> tuple[TableValuedAlias, Select[uuid.UUID]]:
     """Return the levels (priority and stage) in order, and a SELECT of the ready jobs of one, from its mark on.
 
     The levels are read in the order in which they are listed, and only until a LIMIT of the enclosing SELECT is met.
     """
-    level = values(column("stage", String), column("priority", Integer), name="level", literal_binds=True).data(
-        [(stage, priority) for priority in range(HIGHEST_PRIORITY, LOWEST_PRIORITY - 1, -1) for stage in served]
+    priorities = range(HIGHEST_PRIORITY, LOWEST_PRIORITY - 1, -1)
+    levels = [(stage, priority) for priority in priorities for stage in served]
+    # Arrays rather than VALUES: SQLAlchemy would compile a statement with VALUES again for each claim.
+    listed = func.unnest(
+        literal([stage for stage, _ in levels], ARRAY(String)),
+        literal([priority for _, priority in levels], ARRAY(Integer)),
     )
+    level = listed.table_valued(column("stage", String), column("priority", Integer)).render_derived("level")
     mark = (
         select(QueueMark.lowest)
         .where(QueueMark.stage == level.c.stage, QueueMark.priority == level.c.priority)
@@ -280,7 +287,8 @@ def _ready_by_level(served: Sequence[Stage]) -> tuple[Values, Select[uuid.UUID]]
     return level, ready
 
 
-def _first_by_stage(served: Sequence[Stage]) -> ScalarSelect[uuid.UUID]:
+@cache
+def _first_by_stage(served: tuple[Stage, ...]) -> ScalarSelect[uuid.UUID]:
     """Select the first ready job: the best of the first of each stage, which one index lists in order."""
     firsts = [
         select(QueueEntry.job_id, QueueEntry.priority, literal(order).label("stage_order"))

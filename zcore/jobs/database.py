@@ -125,6 +125,10 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+WRITES = "writes"
+"""Execution option of connections whose transactions write."""
+BEGAN_AT = "began_at"
+"""Key of the time of the transaction in the `info` of a connection to PostgreSQL that writes."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -158,10 +162,11 @@ class Transaction:
 
     @cached_property
     def now(self) -> datetime:
-        """The time of this transaction. The database is asked for its time when this is first read."""
+        """The time of this transaction. A transaction that only reads asks for it when this is first read."""
         if self._clock is not None:
             return self._clock()
-        return self.session.scalars(select(func.now())).one().astimezone(UTC)
+        began_at = self.session.connection().info.get(BEGAN_AT)
+        return (began_at or self.session.scalars(select(func.now())).one()).astimezone(UTC)
 
     def time(self, offset_s: float = 0.0) -> ColumnElement[datetime]:
         """Return `now` plus an offset as an expression. Unlike `now`, it never costs a statement of its own."""
@@ -204,7 +209,7 @@ class Database:
         self.engine = _create_engine(url, pool_size, overflow, limits)
         self._pause_s = limits.pause_s if limits else 0.0
         self._paused_until = 0.0
-        self._writing_engine = self.engine.execution_options(immediate=True)
+        self._writing_engine = self.engine.execution_options(**{WRITES: True})
         has_clock = self.engine.dialect.name == "postgresql"
         self._clock = clock or (None if has_clock else lambda: datetime.now(UTC))
         self._ids = IdSource()
@@ -374,7 +379,12 @@ def _create_postgresql_engine(url: URL, pool_size: int, overflow: int, limits: L
         driver_connection = connection.connection.driver_connection
         assert isinstance(driver_connection, psycopg.Connection)
         statement = limits.begin(driver_connection.info.server_version) if limits else "BEGIN"
-        connection.exec_driver_sql(statement)
+        connection.info.pop(BEGAN_AT, None)
+        if connection.get_execution_options().get(WRITES, False):
+            # Statements sent together are one transaction, of which BEGIN is the continuation: this saves a round trip.
+            connection.info[BEGAN_AT] = connection.exec_driver_sql(f"SELECT now(); {statement}").scalar_one()
+        else:
+            connection.exec_driver_sql(statement)
 
     event.listen(engine, "do_connect", connect)
     event.listen(engine, "begin", begin)
@@ -408,5 +418,5 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    immediate = connection.get_execution_options().get("immediate", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    writes = connection.get_execution_options().get(WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event
+from sqlalchemy.engine.interfaces import CacheStats
 
 from tests.integration.jobs.examples import LEASE_S, Clock, claim, submit
 from tests.services.postgres import Postgres
@@ -123,6 +124,22 @@ def test_completing_the_encoding_does_not_rewrite_the_job(record: Database) -> N
     encode()
     written = median(encode() for _ in range(JOBS))
     assert written < ENCODING_LIMIT_BYTES
+
+
+def test_no_statement_of_a_job_is_compiled_again(record: Database) -> None:
+    """SQLAlchemy compiles a statement whose form it cannot compare at each use: for a claim that took 4 ms."""
+    one_job(record)
+    cached: list[tuple[str, CacheStats]] = []
+
+    def remember(_connection: Any, _cursor: Any, statement: str, _parameters: Any, context: Any, _many: bool) -> None:
+        if context.compiled is not None:
+            cached.append((statement, context.cache_hit))
+
+    event.listen(record.engine, "before_cursor_execute", remember)
+    one_job(record)
+    event.remove(record.engine, "before_cursor_execute", remember)
+    assert len(cached) > 8
+    assert [statement for statement, hit in cached if hit is not CacheStats.CACHE_HIT] == []
 
 
 def test_heartbeats_rewrite_no_index(record: Database) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 
 from tests.integration.broker.tcp_proxy import proxy_to
 from tests.services import postgres as postgres_server
@@ -126,7 +126,7 @@ def test_a_connection_closed_since_its_last_use_is_replaced_before_the_transacti
 def test_a_transaction_takes_one_round_trip_besides_its_statements_and_its_commit(
     limited: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limits come with the BEGIN, and no connection is asked whether it still works."""
+    """The limits and the time come with the BEGIN, and no connection is asked whether it still works."""
     ask(limited)
     sent = 0
     original = psycopg.Connection.wait
@@ -137,8 +137,9 @@ def test_a_transaction_takes_one_round_trip_besides_its_statements_and_its_commi
         return original(connection, generator, *arguments)
 
     monkeypatch.setattr(psycopg.Connection, "wait", counting)
-    ask(limited)
-    assert sent == len(["BEGIN", "SELECT 1", "COMMIT"])
+    with limited.write() as transaction:
+        assert transaction.now == transaction.session.scalars(select(func.now())).one()
+    assert sent == len(["BEGIN", "SELECT now()", "COMMIT"])
 
 
 def ask(database: Database, statement: str = "SELECT 1") -> str:

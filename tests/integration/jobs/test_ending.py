@@ -188,7 +188,7 @@ def test_a_cancellation_request_during_the_end_of_an_attempt_is_not_lost(postgre
 
         @event.listens_for(postgresql.engine, "after_cursor_execute")
         def request_once(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-            if not requests and not statement.startswith("BEGIN"):
+            if not requests and "BEGIN" not in statement:
                 requests.append(None)
                 requests[0] = pool.submit(cancel, postgresql, job.id)
                 wait_until_blocked(postgresql)

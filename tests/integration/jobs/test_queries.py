@@ -258,7 +258,7 @@ def plan(database: Database, ask: Any, statement: str = "") -> str:
     asked: list[tuple[str, Any]] = []
 
     def remember(_connection: Any, _cursor: Any, executed: str, parameters: Any, *_: Any) -> None:
-        if not executed.startswith("BEGIN") and statement in executed:
+        if "BEGIN" not in executed and statement in executed:
             asked.append((executed, parameters))
 
     event.listen(database.engine, "before_cursor_execute", remember)
