@@ -16,7 +16,6 @@ import psycopg
 
 OWNERS = 500
 BATCH = 5_000
-ACTIVE_ONE_IN = 1_000  # that many of the jobs, the newest, have not ended
 NEWEST_AT = datetime(2026, 11, 27, tzinfo=UTC)
 KANJI = "冬森狐雪月夜山川海空花鳥風光影青赤白黒金銀町道駅橋城雨雲星春夏秋朝夕村島"
 
@@ -40,10 +39,11 @@ Rows = dict[str, list[Sequence[Value]]]
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """`count` jobs submitted evenly over the `days` before `NEWEST_AT`."""
+    """`count` jobs submitted evenly over the `days` before `NEWEST_AT`; the newest, one in that many, are active."""
 
     count: int
     days: float = 60.0
+    active_one_in: int = 1_000
 
     def fill(self, url: str) -> None:
         """Insert the rows into a database at revision 0008."""
@@ -118,7 +118,7 @@ class History:
             rows["webhook_attempts"].append((webhook_id, "1", ended, "35", "204", ""))
 
     def _status(self, number: int, chance: float) -> str:
-        if number >= self.count - self.count // ACTIVE_ONE_IN:
+        if number >= self.count - self.count // self.active_one_in:
             return "running" if number % 10 == 0 else "queued"
         if chance > 0.94:
             return "failed" if chance > 0.97 else "canceled"
