@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
-from sqlalchemy import select
+from sqlalchemy import JSON, select, type_coerce
 
 from tests.integration.jobs.examples import (
     Clock,
@@ -22,7 +22,7 @@ from zcore.errors import InvalidRequest, KeyReused
 from zcore.jobs import lifecycle, queries, recovery
 from zcore.jobs.database import Database, IdSource
 from zcore.jobs.lifecycle import Submitted
-from zcore.jobs.models import IdempotencyKey
+from zcore.jobs.models import IdempotencyKey, Job
 from zcore.jobs.resource import snapshot
 from zcore.jobs.states import State
 from zcore.request import Dype, GenerationRequest, LoraUse, Pass, SkipLayerGuidance
@@ -49,6 +49,16 @@ def test_a_submission_is_stored_completely_and_queued(database: Database, clock:
     assert job.created_at == job.available_at == job.notified_at == clock.now
     assert events(database, job.id) == ["queued"]
     assert webhook_types(database, job.id) == []
+
+
+def test_a_stored_request_is_complete_but_for_what_is_null(database: Database) -> None:
+    query = submission(template="photo", guidance_scale=2.0)
+    with database.write() as transaction:
+        made = lifecycle.submit(transaction, query, "anna", "f" * 64, 5)
+        stored = transaction.session.scalars(select(type_coerce(Job.request, JSON))).one()
+    complete = msgspec.json.decode(msgspec.json.encode(query.request))
+    assert stored == {name: value for name, value in complete.items() if value is not None}
+    assert fetch(database, made.job.id).request == complete
 
 
 def test_a_rolled_back_submission_leaves_nothing(database: Database) -> None:
