@@ -4,8 +4,8 @@
 
 Uses the profile `demo` unless ZIMAGE_PROFILE names another, and needs no API key unless API keys are configured or
 other machines can reach it. Prints the addresses and an example request as soon as a worker is ready, however long it
-loads. Logs are written to `log/` in the data folder. A worker that crashes is started again; if the API ends, or the
-worker again and again, everything is stopped.
+loads. Logs are written to `log/` in the data folder. A worker that crashes is started again, however often, unless it
+crashes six times in a row within ten minutes of its start: then, or if the API ends, everything is stopped.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ MINIMUM_DISK_BYTES = 200 * 10**6
 PROGRESS_INTERVAL_S = 10.0
 RESTART_DELAYS_S = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Delays before a crashed worker is started again; after one more crash in a row the service ends."""
-STEADY_S = 600.0  # a worker that ran for this long had no part in an earlier crash
+STEADY_S = 600.0  # a crash after this time begins a new row
 STOP_TIMEOUT_S = 20.0
 CONFIGURATION_STATUS = 2  # of a process that a restart cannot help
 LOG_LINES = 25
@@ -135,8 +135,10 @@ def supervise(children: list[Child], environment: dict[str, str], logs: Path, st
         status = worker.process.poll()
         if status is not None and restart_at is None:
             crashes = 1 if time.monotonic() - worker.started_at > STEADY_S else crashes + 1
-            if crashes > len(RESTART_DELAYS_S) or status == CONFIGURATION_STATUS:
+            if status == CONFIGURATION_STATUS:
                 worker.check()
+            if crashes > len(RESTART_DELAYS_S):
+                raise StartupError(_crash_loop(crashes, worker, status))
             _kill_session(worker)
             delay_s = RESTART_DELAYS_S[crashes - 1]
             restart_at = time.monotonic() + delay_s
@@ -145,6 +147,13 @@ def supervise(children: list[Child], environment: dict[str, str], logs: Path, st
             children[1], restart_at = start("worker", environment, logs), None
             print(f"run: the log of the worker that ended is {logs / 'worker.previous.log'}", file=sys.stderr)
         time.sleep(0.1)
+
+
+def _crash_loop(crashes: int, worker: Child, status: int) -> str:
+    return (
+        f"the worker ended {crashes} times in a row, each time within {STEADY_S / 60:g} minutes of its start, at last"
+        f" with status {status}; the service gives up. Last lines of {worker.log}:\n{_last_lines(worker.log)}"
+    )
 
 
 def check_port(host: str, port: int) -> None:

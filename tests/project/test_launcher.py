@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -176,9 +177,33 @@ def test_a_worker_that_ends_again_and_again_ends_the_service(
     monkeypatch.setattr(launcher, "start", lambda name, _environment, logs: _ended(launcher, name, logs, code))
     server = _ended(launcher, "server", tmp_path, "input()", stdin=subprocess.PIPE)
     children = [server, launcher.start("worker", {}, tmp_path)]
-    with pytest.raises(launcher.StartupError, match=f"the worker exited with status {status};"):
+    with pytest.raises(launcher.StartupError, match=rf"ended 3 times in a row, .* with status {status}; .*gives up"):
         launcher.supervise(children, {}, tmp_path, [])
     assert capsys.readouterr().err.count("starting it again") == 2
+    server.process.communicate()
+
+
+def test_crashes_that_lie_far_apart_do_not_end_the_service(
+    launcher: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_signals: list[int] = []
+    started = 0
+
+    def start(name: str, _environment: dict[str, str], logs: Path) -> Any:
+        nonlocal started
+        started += 1
+        if started == 10:
+            stop_signals.append(signal.SIGTERM)
+        ended = _ended(launcher, name, logs, "import os; os.abort()")
+        return replace(ended, started_at=ended.started_at - launcher.STEADY_S)
+
+    monkeypatch.setattr(launcher, "RESTART_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(launcher, "start", start)
+    server = _ended(launcher, "server", tmp_path, "input()", stdin=subprocess.PIPE)
+    children = [server, start("worker", {}, tmp_path)]
+    launcher.supervise(children, {}, tmp_path, stop_signals)
+    children[1].process.wait()
+    assert capsys.readouterr().err.count("starting it again") == 9
     server.process.communicate()
 
 
