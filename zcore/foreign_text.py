@@ -39,5 +39,10 @@ def shortened(text: str, at_most: int) -> str:
     return text if len(text) <= at_most else text[: at_most - 1] + "…"
 
 
+def first_line(text: object) -> str:
+    """Return the first line of a text, such as the message of an error of a library."""
+    return str(text).partition("\n")[0]
+
+
 def _is_shown(character: str) -> bool:
     return character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs"

@@ -45,6 +45,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from zcore.errors import ConfigurationError
+from zcore.foreign_text import first_line
 from zcore.jobs.models import Table, UtcDateTime
 
 Condition = ColumnElement[bool] | TextClause
@@ -96,7 +97,10 @@ TEMPORARY_SQLITE_FAULTS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How long PostgreSQL may take, in seconds, before a caller gets an error. Together a request stays below 10 s."""
+    """How long PostgreSQL may take, in seconds, before a caller gets an error.
+
+    A transaction that meets a server that hangs, or waits for a connection and then for a lock, fails within 10 s.
+    """
 
     pool_s: float = 3
     """For a connection of this process to become free."""
@@ -211,6 +215,9 @@ class Database:
         self._paused_until = 0.0
         self._writing_engine = self.engine.execution_options(**{WRITES: True})
         has_clock = self.engine.dialect.name == "postgresql"
+        # On PostgreSQL it changes nothing, but a standby refuses it, and the pool then discards its connections to it.
+        # On SQLite it writes the row again, because a full disk is noticed only when something is written.
+        self._probe = f"UPDATE alembic_version SET version_num = version_num WHERE {'false' if has_clock else 'true'}"
         self._clock = clock or (None if has_clock else lambda: datetime.now(UTC))
         self._ids = IdSource()
 
@@ -236,15 +243,13 @@ class Database:
         errors that do not pass by themselves.
         """
         try:
-            with self.read() as transaction:
-                if self.engine.dialect.name == "postgresql":
-                    # Changes nothing, but a standby refuses it, and the pool then discards its connections to it.
-                    transaction.session.execute(text("UPDATE alembic_version SET version_num = '' WHERE false"))
+            with self.write() as transaction:
+                transaction.session.execute(text(self._probe))
                 found = transaction.session.scalars(text("SELECT version_num FROM alembic_version")).one_or_none()
         except DatabaseError as error:
             if (reason := temporary_fault(error)) is None:
                 raise
-            return f"{reason}: {error.orig if isinstance(error, DBAPIError) else error}".partition("\n")[0]
+            return first_line(f"{reason}: {error.orig if isinstance(error, DBAPIError) else error}")
         if found is None or found < newest_revision():
             return f"{OTHER_SCHEMA}: revision {found} instead of {newest_revision()}"
         return None

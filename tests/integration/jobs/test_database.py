@@ -1,6 +1,8 @@
 """One engine from one URL: atomic transactions, writers that wait for each other, errors for unsupported URLs."""
 
 import sqlite3
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -75,6 +77,31 @@ def test_only_tables_of_an_older_version_are_not_ready(each_database_url: str, r
         reason = database.unready_reason()
     assert (reason is None) == is_ready
     assert is_ready or f"revision 0001 instead of {newest_revision()}" in str(reason)
+
+
+def test_a_file_that_cannot_be_written_is_not_ready(sqlite_url: str) -> None:
+    path = sqlite_url.removeprefix("sqlite:///")
+    with closing(Database(sqlite_url)) as writer:
+        submit(writer)  # the log exists from now on
+        with closing(Database(f"sqlite:///file:{path}?mode=ro&uri=true")) as database:
+            assert str(database.unready_reason()).startswith("the database file is read-only")
+
+
+LIMITED = """
+import resource, sys
+from zcore.jobs.database import Database
+database = Database(sys.argv[1])
+assert database.unready_reason() is None
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+print(database.unready_reason())
+"""
+
+
+def test_a_file_that_cannot_grow_is_not_ready(sqlite_url: str) -> None:
+    """A limit of the process stands for a full disk: both refuse a write, and allow reads."""
+    command = [sys.executable, "-c", LIMITED, sqlite_url]
+    answer = subprocess.run(command, cwd=TREE, capture_output=True, text=True, timeout=120, check=False)
+    assert answer.stdout.startswith("the disk of the database file"), answer.stderr
 
 
 def test_the_newest_revision_is_that_of_the_migrations() -> None:
