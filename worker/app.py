@@ -37,6 +37,7 @@ from worker.webhooks.delivery import Deliverer
 from zcore.broker import DRAIN_TASK, Notifier, make_app, queue_name
 from zcore.data_folder import UMASK, make_private
 from zcore.errors import StorageError, ZImageError
+from zcore.foreign_text import first_line
 from zcore.image_files.configured_marks import configured_marks
 from zcore.jobs.database import Database, DatabaseError
 from zcore.keys import load_keys
@@ -243,7 +244,7 @@ def _missing_service(services: _Services) -> str | None:
             return reason
         services.storage.prepare()
     except DatabaseError as fault:
-        return f"the database does not answer: {fault}".partition("\n")[0]
+        return first_line(f"the database does not answer: {fault}")
     except StorageError as fault:
         return fault.message
     except ZImageError as fault:

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,6 +15,7 @@ from sqlalchemy import make_url
 from tests.chaos.network import NORMAL, Behavior, Link, http_answer
 from tests.chaos.world import LEASE_S, Servers, Slot, World
 from tests.conftest import migrate
+from tests.services import postgres
 from tests.services.process import Running
 
 Act = Callable[[World], None]
@@ -154,20 +154,8 @@ def _restarted_database(number: signal.Signals) -> Act:
 
 def _hung_database(world: World) -> None:
     """Suspend PostgreSQL and all its backends."""
-    main = _servers(world).postgres_service.running.process.pid
-    children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-    every = [main, *map(int, children)]
-    try:
-        _signal_all(every, signal.SIGSTOP)
+    with postgres.frozen(_servers(world).postgres_service):
         world.pass_time(_lasting(world))
-    finally:
-        _signal_all(every, signal.SIGCONT)
-
-
-def _signal_all(pids: list[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
 
 
 def _terminated_backends(world: World) -> None:

@@ -16,6 +16,7 @@ from worker.maintenance.sweep import StorageSweep
 from worker.periodic import PeriodicTask
 from worker.shutdown import Shutdown
 from zcore.errors import StorageError
+from zcore.foreign_text import first_line
 from zcore.jobs import agenda
 from zcore.jobs.agenda import Agenda
 from zcore.jobs.database import Database, DatabaseError
@@ -130,7 +131,7 @@ class Maintenance:
             due = self._ask_as_leader() if self.leadership.seek() else None
         except DatabaseError as fault:
             self._outages.note_failure()
-            log.warning("maintenance.database_failed", error=_first_line(fault))
+            log.warning("maintenance.database_failed", error=first_line(f"{type(fault).__name__}: {fault}"))
             return None
         self._outages.note_answer()
         return due
@@ -153,7 +154,7 @@ class Maintenance:
             try:
                 run()
             except (DatabaseError, StorageError) as fault:
-                log.warning("maintenance.task_failed", task=name, error=_first_line(fault))
+                log.warning("maintenance.task_failed", task=name, error=first_line(f"{type(fault).__name__}: {fault}"))
             except Exception as fault:
                 # If a defect in one task stopped the others, jobs of lost workers would never be rescued.
                 log.error("maintenance.task_crashed", task=name, exc_info=fault)
@@ -175,7 +176,3 @@ def _every(interval_s: float, clock: Callable[[], float]) -> Callable[[Agenda], 
         return True
 
     return is_due
-
-
-def _first_line(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {fault}".partition("\n")[0]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from zcore.errors import CheckpointError
+from zcore.foreign_text import first_line
 from zcore.safetensors_header import InvalidSafetensors, read_safetensors_header
 
 Component = Literal["text_encoder", "transformer", "vae"]
@@ -68,7 +69,7 @@ def locate(model_path: str, components: Sequence[str]) -> Path:
     try:
         return _hub_snapshot(model_path, allow_patterns=patterns)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"model_path: {model_path} is not a folder and cannot be loaded from the Hugging Face hub: {reason}"
         ) from error

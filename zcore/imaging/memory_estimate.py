@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,7 @@ from zcore.imaging.network.vae import UNKNOWN_MEMORY_BYTES, WIDEST_TENSORS
 from zcore.imaging.weights.loader import Networks, Placement, dtype_name
 from zcore.imaging.weights.quantization import NF4_GROUP, packable
 from zcore.sizes import SIDE_MULTIPLE_PX, SMALLEST_SIDE_PX
-
-Phase = Literal["encode", "denoise", "decode"]
+from zcore.stages import Phase
 
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "transformer", "vae")
 

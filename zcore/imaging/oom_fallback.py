@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import torch
 
 from zcore.errors import OutOfMemory
+from zcore.foreign_text import first_line
 from zcore.imaging.network.tiling import Tiling
 from zcore.imaging.prompt_encoder import PromptEncoder
 
@@ -100,7 +101,7 @@ class OomFallback:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
+                reason = first_line(error)
             # The failed frames, and the tensors that they hold, are freed only here, outside `except`.
             gc.collect()
             torch.cuda.empty_cache()

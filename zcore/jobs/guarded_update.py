@@ -1,8 +1,8 @@
 """The guarded statement behind every transition of an active job, with its events in the same transaction.
 
-`move` changes the queue entry of a job that stays active; `end` deletes it and records how the job ended. Both lock the
-queue entry first and the job second, so that no two of them wait for each other. Used by `lifecycle`, `claims` and
-`recovery`. Does not commit.
+`move` changes the queue entry of a job that stays active, and only reads the job's row; `end` deletes the entry and
+records in the row how the job ended. The entry is locked before the row, so that no two of them wait for each other.
+Used by `lifecycle`, `claims` and `recovery`. Does not commit.
 """
 
 from collections.abc import Sequence

@@ -26,7 +26,7 @@ from zcore.stages import Stage
 
 IDEMPOTENCY_KEY_LIFETIME = timedelta(hours=24)
 MAX_ATTEMPTS_BEGUN = 100
-"""From this attempt on, every failure is charged to the job, so that no job is tried for ever."""
+"""From this attempt on, what would be excused is charged to the job too, so that no job is tried for ever."""
 MAX_RETRY_DOUBLINGS = 10  # a delay of 2 s grows to 34 minutes at most
 POISON = "poison"
 """Error code of a job that lost its worker again while it ran alone."""
