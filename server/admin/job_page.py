@@ -103,10 +103,11 @@ def resend(
     request: AnyRequest, job_id: FromPath[str], event_id: FromPath[uuid.UUID], database: NamedDatabase
 ) -> Redirect:
     """Make the webhook event due immediately, with a fresh retry schedule."""
+    parsed_id = _parse_job_id(job_id)
     with database.write() as transaction:
-        webhooks.resend(transaction, event_id)
+        webhooks.resend(transaction, parsed_id, event_id)
     add_notice(request, "The webhook will be sent again shortly.")
-    return _redirect_to_job(_parse_job_id(job_id))
+    return _redirect_to_job(parsed_id)
 
 
 def _redirect_to_job(job_id: uuid.UUID) -> Redirect:

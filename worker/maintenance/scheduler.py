@@ -25,6 +25,7 @@ from zcore.storage import Storage
 from zcore.telemetry import log
 
 FORGET_INTERVAL_S = 600.0
+PARTITIONS_INTERVAL_S = 600.0
 HISTORY_INTERVAL_S = 60.0
 MARKS_INTERVAL_S = 15.0
 STORAGE_INTERVAL_S = 60.0
@@ -75,6 +76,9 @@ class Maintenance:
             ("maintain_marks", _every(MARKS_INTERVAL_S, clock), partial(tasks.maintain_marks, database)),
             ("forget_old_rows", _every(FORGET_INTERVAL_S, clock), partial(tasks.forget_old_rows, database)),
         ]
+        if database.engine.dialect.name == "postgresql":
+            add = partial(tasks.add_partitions, database)
+            self._tasks.append(("add_partitions", _every(PARTITIONS_INTERVAL_S, clock), add))
         if history_s:
             forget = partial(tasks.forget_old_jobs, database, history_s)
             self._tasks.append(("forget_old_jobs", _every(HISTORY_INTERVAL_S, clock), forget))

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from worker.maintenance.outages import Outages
 from zcore.errors import StorageError
-from zcore.jobs import claims, history, leftovers, queries, recovery, uploads, workers
-from zcore.jobs.database import Database
+from zcore.jobs import claims, history, leftovers, partitions, queries, recovery, uploads, workers
+from zcore.jobs.database import Database, DatabaseError, Transaction
 from zcore.stages import Stage
 from zcore.storage import Storage
 from zcore.telemetry import log
@@ -120,13 +120,50 @@ def forget_old_rows(database: Database) -> None:
 
 
 def forget_old_jobs(database: Database, history_s: float) -> None:
-    """Delete jobs that ended more than `history_s` seconds ago, a bounded number in each run."""
+    """Delete jobs that ended more than `history_s` seconds ago: whole weeks if possible, and some others."""
+    with database.read() as transaction:
+        old = history.old_partitions(transaction, history_s)
+        ended_before = history.end_of_history(transaction, history_s)
+    for partition in old:
+        with database.write(partitions.PATIENT_LIMITS) as transaction:
+            dropped = partitions.drop(transaction, partition, ended_before)
+        if dropped:
+            log.info("jobs.partition_dropped", partition=partition.name)
+    if deleted := _repeat(database, lambda transaction: history.forget(transaction, history_s, FORGOTTEN_AT_ONCE)):
+        log.info("jobs.forgotten", count=deleted)
+    _repeat(database, lambda transaction: history.forget_terms(transaction, FORGOTTEN_AT_ONCE))
+
+
+def add_partitions(database: Database) -> None:
+    """Make the partitions of the weeks to come (PostgreSQL only).
+
+    If maintenance was away so long that jobs are in the last partition, which has no end, that one is given an end. Its
+    rows are read for this, but not under a lock that others wait for.
+    """
+    with database.write(partitions.LIMITS) as transaction:
+        if partitions.add_weeks(transaction):
+            return
+    with database.write(partitions.LIMITS) as transaction:
+        partitions.add_bound(transaction)
+    try:
+        for table in partitions.KEYS:
+            with database.write(partitions.PATIENT_LIMITS) as transaction:
+                partitions.verify_bound(transaction, table)
+        with database.write(partitions.LIMITS) as transaction:
+            partitions.bound_last(transaction)
+    except DatabaseError:
+        with database.write() as transaction:
+            partitions.remove_bound(transaction)
+        raise
+
+
+def _repeat(database: Database, delete: Callable[[Transaction], int]) -> int:
+    """Call `delete` in one transaction after another until it finds no more, or has deleted enough for one run."""
     deleted = 0
     while deleted < MAX_FORGOTTEN_PER_RUN:
         with database.write() as transaction:
-            count = history.forget(transaction, history_s, FORGOTTEN_AT_ONCE)
+            count = delete(transaction)
         deleted += count
         if count < FORGOTTEN_AT_ONCE:
             break
-    if deleted:
-        log.info("jobs.forgotten", count=deleted)
+    return deleted

@@ -222,9 +222,13 @@ class Database:
         self._ids = IdSource()
 
     @contextmanager
-    def write(self) -> Generator[Transaction]:
-        """Open a transaction that commits at the end of the block, or rolls back if the block raises."""
-        with self._session(self._writing_engine) as session:
+    def write(self, limits: Limits | None = None) -> Generator[Transaction]:
+        """Open a transaction that commits at the end of the block, or rolls back if the block raises.
+
+        `limits` hold in it instead of those of the database.
+        """
+        engine = self._writing_engine
+        with self._session(engine.execution_options(limits=limits) if limits else engine) as session:
             self._begin(session)  # takes SQLite's write lock before the time is read
             yield Transaction(session, self._clock, self._ids)
             session.commit()
@@ -383,7 +387,10 @@ def _create_postgresql_engine(url: URL, pool_size: int, overflow: int, limits: L
             return  # each statement is a transaction of its own
         driver_connection = connection.connection.driver_connection
         assert isinstance(driver_connection, psycopg.Connection)
-        statement = limits.begin(driver_connection.info.server_version) if limits else "BEGIN"
+        chosen: Limits | None = connection.get_execution_options().get("limits", limits)
+        if chosen and isinstance(driver_connection, _LimitedConnection):
+            driver_connection.answer_s = chosen.answer_s
+        statement = chosen.begin(driver_connection.info.server_version) if chosen else "BEGIN"
         connection.info.pop(BEGAN_AT, None)
         if connection.get_execution_options().get(WRITES, False):
             # Statements sent together are one transaction, of which BEGIN is the continuation: this saves a round trip.

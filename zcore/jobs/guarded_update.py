@@ -5,19 +5,20 @@ records in the row how the job ended. The entry is locked before the row, so tha
 Used by `lifecycle`, `claims` and `recovery`. Does not commit.
 """
 
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, delete, update
+from sqlalchemy import ColumnElement, delete, func, insert, select, update
 from sqlalchemy.orm import lazyload
 from sqlalchemy.orm.attributes import set_committed_value
 
 from zcore.jobs import states
 from zcore.jobs.database import Transaction
 from zcore.jobs.leftovers import format_of
-from zcore.jobs.models import Event, Job, Leftover, Output, QueueEntry, WebhookEvent
+from zcore.jobs.models import Event, Job, Leftover, Output, QueueEntry, WebhookAttempt, WebhookEvent
 from zcore.jobs.resource import snapshot
 from zcore.jobs.states import State, Transition
 
@@ -111,8 +112,15 @@ def cancel_if_requested(transaction: Transaction, *guard: ColumnElement[bool]) -
 
 
 def record_event(transaction: Transaction, job: Job, event: str, detail: dict[str, Any]) -> None:
-    """Add an event to the job's timeline."""
-    transaction.session.add(Event(job_id=job.id, at=transaction.now, type=event, attempt=job.attempt, detail=detail))
+    """Add an event to the timeline of a job of which this transaction has locked the queue entry or the row."""
+    row = {"job_id": job.id, "at": transaction.now, "type": event, "attempt": job.attempt, "detail": detail}
+    transaction.session.execute(insert(Event).values(id=next_id(Event, job.id), **row))
+
+
+def next_id(table: type[Event | WebhookAttempt], job_id: uuid.UUID) -> ColumnElement[int]:
+    """Return the number of the next row of a job as an expression; the caller has locked what it belongs to."""
+    last = select(func.max(table.id)).where(table.job_id == job_id).scalar_subquery()
+    return func.coalesce(last, 0) + 1
 
 
 def attach(job: Job, entry: QueueEntry | None) -> None:

@@ -16,10 +16,10 @@ from sqlalchemy import (
     CheckConstraint,
     DateTime,
     Dialect,
-    ForeignKey,
     Index,
     Integer,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Text,
     TypeDecorator,
@@ -91,8 +91,8 @@ ONLY_ON = "only_on"
 JSON_DOCUMENT = JSON().with_variant(JSONB(), "postgresql")
 READY = "status = 'queued' AND NOT scheduled"
 """Condition of a queue entry that a worker may claim, as the partial index has it."""
-# SQLite generates row numbers only for a key whose type is exactly INTEGER.
-ROW_NUMBER = BigInteger().with_variant(Integer(), "sqlite")
+BY_JOB = {"postgresql_partition_by": "RANGE (job_id)"}
+"""Options of a table whose rows belong to jobs: on PostgreSQL it has a partition for each week of submission."""
 
 
 class Table(DeclarativeBase):
@@ -248,6 +248,7 @@ class Job(Table):
         Index("ix_jobs_status_id", "status", "id"),
         Index("ix_jobs_owner_id", "owner", "id"),
         Index("ix_jobs_owner_status_id", "owner", "status", "id"),
+        {"postgresql_partition_by": "RANGE (id)"},
     )
 
     @property
@@ -403,18 +404,22 @@ class Output(Table):
     sha256: Mapped[str] = mapped_column(String(64))
     seed: Mapped[int] = mapped_column(BigInteger)
 
+    __table_args__ = (BY_JOB,)
+
 
 class Event(Table):
     """An event on a job's timeline, added in the transaction that made the change."""
 
     __tablename__ = "job_events"
 
-    id: Mapped[int] = mapped_column(ROW_NUMBER, primary_key=True, autoincrement=True)
-    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, index=True)
+    id: Mapped[int] = mapped_column(BigInteger, autoincrement=False)  # the order of the events of a job
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid)
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     type: Mapped[str] = mapped_column(String(30))
     attempt: Mapped[int] = mapped_column(Integer)
     detail: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT)
+
+    __table_args__ = (PrimaryKeyConstraint("job_id", "id"), BY_JOB)
 
 
 class WebhookEvent(Table):
@@ -422,8 +427,8 @@ class WebhookEvent(Table):
 
     __tablename__ = "webhook_events"
 
-    id: Mapped[uuid.UUID] = mapped_column(Uuid, primary_key=True)  # UUIDv7; the `webhook-id` of every attempt
-    job_id: Mapped[uuid.UUID] = mapped_column(Uuid, index=True)
+    id: Mapped[uuid.UUID] = mapped_column(Uuid)  # UUIDv7; the `webhook-id` of every attempt
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid)
     type: Mapped[str] = mapped_column(String(30))
     url: Mapped[str] = mapped_column(Text)
     snapshot: Mapped[dict[str, Any]] = mapped_column(JSON_DOCUMENT)  # the job at its end; links are added on delivery
@@ -433,6 +438,7 @@ class WebhookEvent(Table):
     delivered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     __table_args__ = (
+        PrimaryKeyConstraint("job_id", "id"),
         CheckConstraint("delivered_at IS NULL OR next_attempt_at IS NULL", name="delivered_is_done"),
         Index(
             "ix_webhook_events_due",
@@ -440,6 +446,7 @@ class WebhookEvent(Table):
             postgresql_where=text("next_attempt_at IS NOT NULL"),
             sqlite_where=text("next_attempt_at IS NOT NULL"),
         ),
+        BY_JOB,
     )
 
 
@@ -448,13 +455,16 @@ class WebhookAttempt(Table):
 
     __tablename__ = "webhook_attempts"
 
-    id: Mapped[int] = mapped_column(ROW_NUMBER, primary_key=True, autoincrement=True)
-    event_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("webhook_events.id", ondelete="CASCADE"), index=True)
+    id: Mapped[int] = mapped_column(BigInteger, autoincrement=False)  # the order of the attempts of a job
+    job_id: Mapped[uuid.UUID] = mapped_column(Uuid)
+    event_id: Mapped[uuid.UUID] = mapped_column(Uuid)
     number: Mapped[int] = mapped_column(Integer)
     at: Mapped[datetime] = mapped_column(UtcDateTime)
     duration_ms: Mapped[int] = mapped_column(Integer)
     status_code: Mapped[int | None] = mapped_column(Integer)
     response_body: Mapped[str] = mapped_column(Text)  # the beginning of the response, or why there was none
+
+    __table_args__ = (PrimaryKeyConstraint("job_id", "id"), BY_JOB)
 
 
 class SearchTerms(Table):
@@ -532,6 +542,9 @@ class Worker(Table):
     stages: Mapped[list[str]] = mapped_column(JSON_DOCUMENT)  # the stages it serves
     embedding_cache_hits: Mapped[int] = mapped_column(Integer, server_default="0")  # since it started
     embedding_cache_misses: Mapped[int] = mapped_column(Integer, server_default="0")
+
+    # Every worker reports every few seconds. Half of each page is left free for new versions of its rows.
+    __table_args__ = ({"postgresql_with": {"fillfactor": 50}},)
 
 
 class Leader(Table):

@@ -130,9 +130,7 @@ def timeline(transaction: Transaction, job_id: uuid.UUID) -> Timeline:
         select(WebhookEvent).where(WebhookEvent.job_id == job_id).order_by(WebhookEvent.id)
     ).all()
     attempts = transaction.session.scalars(
-        select(WebhookAttempt)
-        .where(WebhookAttempt.event_id.in_([webhook.id for webhook in webhooks]))
-        .order_by(WebhookAttempt.id)
+        select(WebhookAttempt).where(WebhookAttempt.job_id == job_id).order_by(WebhookAttempt.id)
     ).all()
     return Timeline(events, [(webhook, [a for a in attempts if a.event_id == webhook.id]) for webhook in webhooks])
 

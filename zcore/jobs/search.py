@@ -71,6 +71,13 @@ def remove(transaction: Transaction, job_ids: Collection[uuid.UUID]) -> None:
         session.execute(delete(SEARCH_INDEX).where(SEARCH_INDEX.c.rowid.in_(numbers)))
 
 
+def remove_range(transaction: Transaction, range_of_ids: ColumnElement[bool], limit: int) -> int:
+    """Remove up to `limit` jobs in a range of `SearchTerms.job_id` (PostgreSQL only). Return how many were removed."""
+    some = select(SearchTerms.job_id).where(range_of_ids).limit(limit)
+    removed = delete(SearchTerms).where(SearchTerms.job_id.in_(some)).returning(SearchTerms.job_id)
+    return len(transaction.session.scalars(removed).all())
+
+
 def find(
     transaction: Transaction, words: Sequence[Word], candidates: Select[uuid.UUID], ids: IdRange, limit: int
 ) -> list[uuid.UUID]:

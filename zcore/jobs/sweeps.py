@@ -76,13 +76,18 @@ def _jobs_that_own_everything(transaction: Transaction, job_ids: Collection[uuid
 
 
 def _outputs_of(transaction: Transaction, job_ids: Collection[uuid.UUID]) -> Sequence[str]:
-    return transaction.session.scalars(_stored_outputs().where(Output.job_id.in_(job_ids))).all()
+    return transaction.session.scalars(_stored_outputs().where(Output.job_id.in_(job_ids), Job.id.in_(job_ids))).all()
 
 
 def _outputs_between(transaction: Transaction, first: uuid.UUID | None, last: uuid.UUID | None) -> Sequence[str]:
     """Return the keys of some images of the jobs from `first` to `last`. The order of keys is that of the ids."""
-    within = Output.job_id.between(first or FIRST_ID, last or LAST_ID)
-    statement = _stored_outputs().where(within).order_by(Output.job_id, Output.position).limit(EXPECTED_AT_ONCE)
+    ids = (first or FIRST_ID, last or LAST_ID)
+    statement = (
+        _stored_outputs()
+        .where(Output.job_id.between(*ids), Job.id.between(*ids))
+        .order_by(Output.job_id, Output.position)
+        .limit(EXPECTED_AT_ONCE)
+    )
     return transaction.session.scalars(statement).all()
 
 

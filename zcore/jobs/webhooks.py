@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, insert, select, update
 
 from zcore.errors import NotFound
 from zcore.jobs.database import Transaction
+from zcore.jobs.guarded_update import ALONE, next_id
 from zcore.jobs.models import Job, Output, WebhookAttempt, WebhookEvent
 from zcore.jobs.states import State
 
@@ -22,6 +23,7 @@ class DueWebhook:
     """An event to deliver now. `output_keys` are the storage keys of the job's images, by index."""
 
     id: uuid.UUID
+    job_id: uuid.UUID
     type: str
     url: str
     snapshot: Mapping[str, Any]
@@ -48,19 +50,22 @@ def claim_due(transaction: Transaction, limit: int, hold_s: float) -> list[DueWe
     Each is held for `hold_s` seconds; if the claiming process dies, the event becomes due again.
     """
     due = (
-        select(WebhookEvent.id)
+        select(WebhookEvent.job_id, WebhookEvent.id)
         .where(is_due(transaction))
         .order_by(WebhookEvent.next_attempt_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    ids = transaction.session.scalars(due).all()
-    if not ids:
+    found = transaction.session.execute(due).all()
+    if not found:
         return []
+    job_ids, ids = zip(*found, strict=True)
     held_until = transaction.now + timedelta(seconds=hold_s)
     events = transaction.session.scalars(
         update(WebhookEvent)
-        .where(WebhookEvent.id.in_(ids), WebhookEvent.next_attempt_at <= transaction.now)
+        .where(
+            WebhookEvent.job_id.in_(job_ids), WebhookEvent.id.in_(ids), WebhookEvent.next_attempt_at <= transaction.now
+        )
         .values(attempt=WebhookEvent.attempt + 1, next_attempt_at=held_until)
         .returning(WebhookEvent)
         .execution_options(synchronize_session=False, populate_existing=True)
@@ -69,6 +74,7 @@ def claim_due(transaction: Transaction, limit: int, hold_s: float) -> list[DueWe
     return [
         DueWebhook(
             event.id,
+            event.job_id,
             event.type,
             event.url,
             event.snapshot,
@@ -92,22 +98,18 @@ def record_attempt(
     """Record an attempt, and set the time of the next one if the claim is still valid.
 
     A call that `is_repeated`, because the answer to the first one was lost, changes nothing if that one was written.
+    Nothing is recorded if the job was deleted in the meantime.
     """
-    retry_at = None if outcome.retry_in_s is None else transaction.now + timedelta(seconds=outcome.retry_in_s)
-    claimed = transaction.session.scalars(
-        update(WebhookEvent)
-        .where(WebhookEvent.id == webhook.id, WebhookEvent.next_attempt_at == webhook.held_until)
-        .values(
-            delivered_at=transaction.now if outcome.delivered else None,
-            next_attempt_at=None if outcome.delivered else retry_at,
-        )
-        .returning(WebhookEvent.id)
-        .execution_options(synchronize_session=False)
-    ).one_or_none()
-    if claimed is None and is_repeated:
+    event = _lock(transaction, webhook.job_id, webhook.id)
+    if event is None:
         return
-    transaction.session.add(
-        WebhookAttempt(
+    is_claimed = event.next_attempt_at == webhook.held_until
+    if is_repeated and not is_claimed:
+        return
+    transaction.session.execute(
+        insert(WebhookAttempt).values(
+            id=next_id(WebhookAttempt, webhook.job_id),
+            job_id=webhook.job_id,
             event_id=webhook.id,
             number=webhook.attempt,
             at=transaction.now,
@@ -116,22 +118,27 @@ def record_attempt(
             response_body=outcome.response_body,
         )
     )
+    if is_claimed:
+        retry_in_s = None if outcome.delivered else outcome.retry_in_s
+        event.delivered_at = transaction.now if outcome.delivered else None
+        event.next_attempt_at = None if retry_in_s is None else transaction.now + timedelta(seconds=retry_in_s)
 
 
-def resend(transaction: Transaction, event_id: uuid.UUID) -> None:
-    """Make an event due now, even if it was delivered or given up, and restart its retry schedule.
+def resend(transaction: Transaction, job_id: uuid.UUID, event_id: uuid.UUID) -> None:
+    """Make an event of a job due now, even if it was delivered or given up, and restart its retry schedule.
 
     Raises `NotFound` if there is no such event.
     """
-    found = transaction.session.scalars(
-        update(WebhookEvent)
-        .where(WebhookEvent.id == event_id)
-        .values(attempt=0, delivered_at=None, next_attempt_at=transaction.now)
-        .returning(WebhookEvent.id)
-        .execution_options(synchronize_session=False)
-    ).one_or_none()
-    if found is None:
-        raise NotFound(f"there is no webhook event {event_id}")
+    # Maintenance locks the row of a job that it deletes, and deletes none of which an event is due.
+    transaction.session.get(Job, job_id, with_for_update=True, options=ALONE)
+    event = _lock(transaction, job_id, event_id)
+    if event is None:
+        raise NotFound(f"job {job_id} has no webhook event {event_id}")
+    event.attempt, event.delivered_at, event.next_attempt_at = 0, None, transaction.now
+
+
+def _lock(transaction: Transaction, job_id: uuid.UUID, event_id: uuid.UUID) -> WebhookEvent | None:
+    return transaction.session.get(WebhookEvent, (job_id, event_id), with_for_update=True, populate_existing=True)
 
 
 def _output_keys(transaction: Transaction, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, dict[int, str]]:
@@ -140,7 +147,7 @@ def _output_keys(transaction: Transaction, job_ids: Sequence[uuid.UUID]) -> dict
     for job_id, position, key in transaction.session.execute(
         select(Output.job_id, Output.position, Output.key)
         .join(Job, Job.id == Output.job_id)
-        .where(Output.job_id.in_(job_ids), Job.stored_status == State.SUCCEEDED)
+        .where(Output.job_id.in_(job_ids), Job.id.in_(job_ids), Job.stored_status == State.SUCCEEDED)
     ):
         keys.setdefault(job_id, {})[position] = key
     return keys

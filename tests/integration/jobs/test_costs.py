@@ -17,7 +17,7 @@ from sqlalchemy.engine.interfaces import CacheStats
 from tests.integration.jobs.examples import LEASE_S, Clock, claim, submit
 from tests.services.postgres import Postgres
 from tests.waiting import wait_until
-from zcore.jobs import claims, lifecycle, queries, search
+from zcore.jobs import claims, lifecycle, queries, search, workers
 from zcore.jobs.claims import Lease
 from zcore.jobs.database import Database
 from zcore.jobs.models import Job
@@ -29,6 +29,7 @@ SEARCH_LIMIT_BYTES = 384
 ENCODING_LIMIT_BYTES = 1536
 JOBS = 21
 HEARTBEATS = 200
+WORKERS, REPORTS = 300, 5
 ENGINE = {"model": "Z-Image-Turbo", "torch": "2.13.0", "device": "NVIDIA H100", "transformer_dtype": "bfloat16"}
 METRICS = {"queue_ms": 55, "encode_ms": 35, "denoise_ms": 1480, "decode_ms": 69, "upload_ms": 94, "total_ms": 1733}
 PROMPT = "A fox in deep snow at dusk, soft light, 35 mm film photograph"
@@ -159,14 +160,28 @@ def test_heartbeats_rewrite_no_index(record: Database) -> None:
     assert written / HEARTBEATS < 300
 
 
-def hot_updates(database: Database, after: int) -> int:
-    """Return how many of the first `after` updates of the queue were HOT."""
+def test_reports_of_presence_rewrite_no_index(record: Database) -> None:
+    """However many workers there are, the next report of each finds space in the page of its row."""
+
+    def report_all() -> None:
+        with record.write() as transaction:
+            for number in range(WORKERS):
+                workers.report(transaction, f"gpu-host-{number}:4711", "Z-Image-Turbo", "NVIDIA H100")
+
+    for _ in range(1 + REPORTS):
+        report_all()
+    updates = WORKERS * REPORTS
+    assert hot_updates(record, after=updates, table="workers") == updates
+
+
+def hot_updates(database: Database, after: int, table: str = "queue") -> int:
+    """Return how many of the first `after` updates of the table were HOT."""
     database.close()  # a connection reports what it counted at the latest when it ends
 
     def counted() -> tuple[int, int]:
         with observer(database) as connection:
             updates, hot = connection.exec_driver_sql(
-                "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'queue'"
+                "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = %s", (table,)
             ).one()
             return updates, hot
 

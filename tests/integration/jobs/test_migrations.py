@@ -1,5 +1,6 @@
 """The migrations create exactly the tables of the models, and can remove them."""
 
+import uuid
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,14 +18,15 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import IntegrityError
 
-from tests.integration.jobs.examples import claim, events, fetch, submit
+from tests.integration.jobs.examples import HOOK, claim, complete, events, fetch, submit
 from tests.services.postgres import Postgres
-from zcore.jobs import lifecycle, lora_library, queries, uploads
+from zcore.jobs import lifecycle, lora_library, queries, uploads, webhooks
 from zcore.jobs.database import Database
 from zcore.jobs.lora_library import UploadedLora
 from zcore.jobs.models import ONLY_ON, Input, Table
 from zcore.jobs.queries import JobFilter
 from zcore.jobs.uploads import UploadedImage
+from zcore.jobs.webhooks import AttemptOutcome
 from zcore.stages import Stage
 
 TREE = Path(__file__).resolve().parents[3]
@@ -63,7 +65,7 @@ def settings_of_alembic(url: str) -> Config:
 def shape(engine: Engine) -> dict[str, Any]:
     """Describe every table by the database's catalog: columns, keys, and the text of constraints and indexes."""
     inspector = inspect(engine)
-    tables = sorted(filter(is_modelled, inspector.get_table_names()))
+    tables = sorted(set(filter(is_modelled, inspector.get_table_names())) - partitions(engine))
     return {
         table: {
             "columns": [
@@ -77,6 +79,7 @@ def shape(engine: Engine) -> dict[str, Any]:
                 (str(check["name"]), check["sqltext"]) for check in inspector.get_check_constraints(table)
             ),
             "indexes": indexes(engine, table),
+            "options": options(engine, table),
         }
         for table in tables
     }
@@ -85,6 +88,14 @@ def shape(engine: Engine) -> dict[str, Any]:
 def is_modelled(table: str | None) -> bool:
     """Return False for Alembic's own table, and for the virtual table of the search and its shadows."""
     return table is not None and table != "alembic_version" and not table.startswith("search_index")
+
+
+def partitions(engine: Engine) -> set[str]:
+    """Return the names of the partitions, of which the models know nothing."""
+    if engine.dialect.name == "sqlite":
+        return set()
+    with engine.connect() as connection:
+        return set(connection.exec_driver_sql("SELECT relname FROM pg_class WHERE relispartition").scalars())
 
 
 def tables_of(engine: Engine) -> list[sqlalchemy.Table]:
@@ -103,14 +114,24 @@ def indexes(engine: Engine, table: str) -> list[str]:
         return sorted(connection.exec_driver_sql(question, (table,)).scalars())
 
 
+def options(engine: Engine, table: str) -> list[str]:
+    """Return by what PostgreSQL partitions the table, and its storage parameters."""
+    if engine.dialect.name == "sqlite":
+        return []
+    with engine.connect() as connection:
+        question = "SELECT pg_get_partkeydef(oid), reloptions::text FROM pg_class WHERE oid = %s::regclass"
+        return [str(value) for value in connection.exec_driver_sql(question, (table,)).one()]
+
+
 @pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index:sqlalchemy.exc.SAWarning")
 def test_alembic_finds_nothing_to_change_at_the_newest_revision(pair: Pair) -> None:
     with closing(Database(pair.migrated)) as database, database.engine.connect() as connection:
+        parts = partitions(database.engine)
         absent = set(Table.metadata.sorted_tables) - set(tables_of(database.engine))
         options = {
             "compare_type": True,
             "compare_server_default": True,
-            "include_name": lambda name, kind, _parents: kind != "table" or is_modelled(name),
+            "include_name": lambda name, kind, _: kind != "table" or (is_modelled(name) and name not in parts),
             "include_object": lambda item, *_: item not in absent,
         }
         context = MigrationContext.configure(connection, opts=options)
@@ -236,6 +257,64 @@ def test_an_open_connection_enforces_a_constraint_by_its_new_name(pair: Pair) ->
             connection.rollback()
             if connection.dialect.name == "sqlite":
                 assert connection.exec_driver_sql("PRAGMA integrity_check").scalars().all() == ["ok"]
+
+
+def test_what_belongs_to_jobs_is_the_same_after_a_downgrade_to_whole_tables_and_back(pair: Pair) -> None:
+    with closing(Database(pair.migrated)) as database:
+        jobs = [submit(database, webhook_url=HOOK) for _ in range(3)]
+        for _ in jobs[:2]:
+            lease = claim(database)
+            with database.write() as transaction:
+                lifecycle.release(transaction, lease)
+            complete(database, claim(database))
+        refuse_webhooks(database)
+        before = [belongings(database, job.id) for job in jobs]
+        assert [len(found["events"]) for found in before] == [5, 5, 1]
+        command.downgrade(settings_of_alembic(pair.migrated), "0014")
+        files = table_files(database)
+        command.upgrade(settings_of_alembic(pair.migrated), "head")
+        assert table_files(database, "_first") == files
+        assert [belongings(database, job.id) for job in jobs] == before
+        refuse_webhooks(database)
+        complete(database, claim(database))
+        after = [belongings(database, job.id) for job in jobs]
+        assert [len(found["attempts"]) for found in after] == [2, 2, 0]
+        assert [event[0] for event in after[2]["events"]] == ["queued", "claimed", "succeeded"]
+
+
+def refuse_webhooks(database: Database) -> None:
+    """Record a failed attempt for every due webhook; the next one is due at once."""
+    with database.write() as transaction:
+        for due in webhooks.claim_due(transaction, 10, 60):
+            webhooks.record_attempt(transaction, due, AttemptOutcome(False, 500, "later", 9, 0))
+
+
+def belongings(database: Database, job_id: uuid.UUID) -> dict[str, list[Any]]:
+    """Return the rows that belong to a job, without the numbers by which they are ordered."""
+    with database.read() as transaction:
+        timeline = queries.timeline(transaction, job_id)
+        job = queries.get(transaction, job_id)
+        return {
+            "job": [job.status, job.request, job.completed_at],
+            "events": [(event.type, event.at, event.attempt, event.detail) for event in timeline.events],
+            "outputs": [(output.position, output.key, output.sha256) for output in job.outputs],
+            "webhooks": [(event.id, event.snapshot, event.created_at) for event, _ in timeline.webhooks],
+            "attempts": [
+                (attempt.number, attempt.at, attempt.status_code, attempt.event_id)
+                for _, attempts in timeline.webhooks
+                for attempt in attempts
+            ],
+        }
+
+
+def table_files(database: Database, suffix: str = "") -> list[int]:
+    """Return the numbers of the files in which PostgreSQL stores the tables that are not to be copied."""
+    if database.engine.dialect.name == "sqlite":
+        return []
+    tables = ("jobs", "job_outputs", "job_events", "webhook_events")
+    with database.engine.connect() as connection:
+        question = "SELECT pg_relation_filenode(%s::regclass)"
+        return [connection.exec_driver_sql(question, (f"{table}{suffix}",)).scalar_one() for table in tables]
 
 
 def test_the_revisions_have_one_head() -> None:

@@ -120,7 +120,7 @@ def test_an_event_that_was_given_up_is_due_again_only_after_resend(database: Dat
     assert claim_due(database) == []
     assert due_at(database, job_id) is None
     with database.write() as transaction:
-        webhooks.resend(transaction, due.id)
+        webhooks.resend(transaction, due.job_id, due.id)
     assert [again.attempt for again in claim_due(database)] == [1]
 
 
@@ -129,7 +129,7 @@ def test_a_delivered_event_can_be_resent(database: Database) -> None:
     [due] = claim_due(database)
     record(database, due, DELIVERED)
     with database.write() as transaction:
-        webhooks.resend(transaction, due.id)
+        webhooks.resend(transaction, due.job_id, due.id)
     assert [again.id for again in claim_due(database)] == [due.id]
 
 
@@ -137,7 +137,7 @@ def test_a_late_failure_does_not_undo_a_resend(database: Database) -> None:
     job_id = canceled(database)
     [due] = claim_due(database)
     with database.write() as transaction:
-        webhooks.resend(transaction, due.id)
+        webhooks.resend(transaction, due.job_id, due.id)
     record(database, due, GIVEN_UP)
     event, attempts = delivery(database, job_id)
     assert event.next_attempt_at is not None
@@ -146,7 +146,7 @@ def test_a_late_failure_does_not_undo_a_resend(database: Database) -> None:
 
 def test_resending_an_unknown_event_is_refused(database: Database) -> None:
     with pytest.raises(NotFound), database.write() as transaction:
-        webhooks.resend(transaction, uuid.uuid4())
+        webhooks.resend(transaction, uuid.uuid4(), uuid.uuid4())
 
 
 def test_a_late_refusal_does_not_undo_a_delivery(database: Database, clock: Clock) -> None:

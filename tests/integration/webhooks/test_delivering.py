@@ -134,7 +134,7 @@ def test_an_event_is_given_up_after_the_whole_schedule_and_can_be_resent_manuall
     assert (event.delivered_at, event.next_attempt_at, len(attempts)) == (None, None, 4)
     receiver.script(status(200))
     with database.write() as transaction:
-        webhooks.resend(transaction, event.id)
+        webhooks.resend(transaction, event.job_id, event.id)
     attempts_of(database, job, 5)
     assert webhook(database, job)[0].delivered_at is not None
 
