@@ -47,9 +47,10 @@ from zcore.storage import Storage, open_storage
 from zcore.telemetry import configure_logging, log
 
 BROKEN_STATUS = 70  # EX_SOFTWARE: the supervisor starts a new worker
-POOL_SIZE = 1
-POOL_OVERFLOW = 1
-"""A worker's transactions are short, so its threads share a connection, and a second one while two of them meet."""
+CONNECTIONS = 1
+"""To PostgreSQL, of a worker: its transactions are short, so its threads share one."""
+CONNECTIONS_WITH_MAINTENANCE = 2
+"""Some statements of maintenance take long, so no heartbeat waits for them; the second is open while both are used."""
 HUNG_GRACE_S = 5.0
 """How long the other jobs of a process may go on after one of its threads has hung."""
 HELPER_INTERVALS = 10
@@ -150,7 +151,9 @@ def _assemble(process: str, arguments: Sequence[str]) -> _Services:
         os.umask(UMASK)
         keys = load_keys(settings)
         make_private(settings)
-        database = Database(settings.database_url, POOL_SIZE, POOL_OVERFLOW)
+        maintains = process == "maintenance" or settings.worker.maintenance
+        connections = CONNECTIONS_WITH_MAINTENANCE if maintains else CONNECTIONS
+        database = Database(settings.database_url, pool_size=1, overflow=connections - 1)
         storage = open_storage(settings, keys.link)
     except ZImageError as fault:
         _exit_with(fault)
