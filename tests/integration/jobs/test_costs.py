@@ -24,7 +24,7 @@ from zcore.jobs.models import Job
 from zcore.stages import Stage
 
 WAL_LIMIT_BYTES = 4096
-SEARCH_LIMIT_BYTES = 384
+SEARCH_LIMIT_BYTES = 224
 """The index of the search, for a short prompt. A long one costs up to 3 KiB; see `tests/benchmarks/LOG.md`."""
 ENCODING_LIMIT_BYTES = 1536
 JOBS = 21
