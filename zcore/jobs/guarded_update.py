@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, delete, func, insert, select, update
+from sqlalchemy import BindParameter, ColumnElement, Uuid, bindparam, delete, func, insert, inspect, select, update
 from sqlalchemy.orm import lazyload
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -97,8 +97,9 @@ def end(
         .options(*ALONE)
         .execution_options(synchronize_session=False, populate_existing=True)
     ).one()
-    attach(job, None)
-    job.outputs.extend(outputs)
+    attach(job, None, outputs)
+    if outputs:
+        transaction.session.connection().execute(insert(Output), [_row(output) for output in outputs])
     record_event(transaction, job, transition.event, detail or {})
     _record_leftovers(transaction, job, entry)
     if transition.notifies and job.webhook_url is not None:
@@ -113,20 +114,35 @@ def cancel_if_requested(transaction: Transaction, *guard: ColumnElement[bool]) -
 
 def record_event(transaction: Transaction, job: Job, event: str, detail: dict[str, Any]) -> None:
     """Add an event to the timeline of a job of which this transaction has locked the queue entry or the row."""
-    row = {"job_id": job.id, "at": transaction.now, "type": event, "attempt": job.attempt, "detail": detail}
-    transaction.session.execute(insert(Event).values(id=next_id(Event, job.id), **row))
+    values = {"job": job.id, "time": transaction.now, "name": event, "number": job.attempt, "facts": detail}
+    transaction.session.connection().execute(_ADD_EVENT, values)
 
 
-def next_id(table: type[Event | WebhookAttempt], job_id: uuid.UUID) -> ColumnElement[int]:
+def next_id(table: type[Event | WebhookAttempt], job_id: uuid.UUID | BindParameter[uuid.UUID]) -> ColumnElement[int]:
     """Return the number of the next row of a job as an expression; the caller has locked what it belongs to."""
     last = select(func.max(table.id)).where(table.job_id == job_id).scalar_subquery()
     return func.coalesce(last, 0) + 1
 
 
-def attach(job: Job, entry: QueueEntry | None) -> None:
-    """Complete a job that has no outputs, and whose queue entry is known, without reading either."""
+# Built once, and executed past the session, which otherwise took a quarter of Python's time of a claim.
+_ADD_EVENT = insert(Event).values(
+    id=next_id(Event, bindparam("job", type_=Uuid())),
+    job_id=bindparam("job"),
+    at=bindparam("time"),
+    type=bindparam("name"),
+    attempt=bindparam("number"),
+    detail=bindparam("facts"),
+)
+
+
+def attach(job: Job, entry: QueueEntry | None, outputs: Sequence[Output] = ()) -> None:
+    """Complete a job whose queue entry and outputs are known, without reading them."""
     set_committed_value(job, "entry", entry)
-    set_committed_value(job, "outputs", [])
+    set_committed_value(job, "outputs", list(outputs))
+
+
+def _row(output: Output) -> dict[str, Any]:
+    return {column.key: getattr(output, column.key) for column in inspect(Output).column_attrs}
 
 
 def _record_leftovers(transaction: Transaction, job: Job, entry: QueueEntry) -> None:

@@ -120,7 +120,7 @@ def complete(
         transaction,
         states.COMPLETE,
         *holds(lease),
-        outputs=[_output(stored) for stored in outputs],
+        outputs=[_output(lease.job_id, stored) for stored in outputs],
         expires_at=transaction.now + timedelta(seconds=retention_s),
         metrics=metrics,
         engine=engine,
@@ -367,5 +367,5 @@ def _use_key(transaction: Transaction, owner: str, key: str, fingerprint: str, j
     return queries.get(transaction, earlier.job_id)
 
 
-def _output(stored: StoredOutput) -> Output:
-    return Output(**{name: getattr(stored, name) for name in StoredOutput.__slots__})
+def _output(job_id: uuid.UUID, stored: StoredOutput) -> Output:
+    return Output(job_id=job_id, **{name: getattr(stored, name) for name in StoredOutput.__slots__})
