@@ -16,6 +16,8 @@ GUILTY_CODES = {Kind.KILLS: {"poison"}, Kind.RAISES: {"internal_error"}}
 # A process may warm up; what it has after its first quarter is compared with its last quarter.
 MIN_SAMPLES = 24
 GROWTH = 1.25
+STEADY = 0.25
+"""The smallest share of the growth in either half of that time."""
 SPARE = {"rss_bytes": 32 * 2**20, "descriptors": 12, "threads": 8, "sockets": 12}
 
 
@@ -211,7 +213,10 @@ def processes_end_only_when_ended(facts: Facts) -> Iterator[str]:
 
 
 def resources_stay_flat(facts: Facts) -> Iterator[str]:
-    """Memory, descriptors, threads and sockets of a process do not grow."""
+    """Memory, descriptors, threads and sockets of a process do not go on growing.
+
+    A step is not a leak: an API gets the connections of all callers at once when the other one ends.
+    """
     series = defaultdict[tuple[str, int], list[Sample]](list)
     for sample in facts.samples:
         series[sample.process, sample.pid].append(sample)
@@ -221,9 +226,12 @@ def resources_stay_flat(facts: Facts) -> Iterator[str]:
         quarter = len(samples) // 4
         for resource, spare in SPARE.items():
             values = [int(getattr(sample, resource)) for sample in samples]
-            before = statistics.median(values[quarter : 2 * quarter])
-            after = statistics.median(values[-quarter:])
-            if after > before * GROWTH + spare:
+            before, between, after = (
+                statistics.median_low(values[start : start + quarter])
+                for start in (quarter, 2 * quarter, len(values) - quarter)
+            )
+            goes_on = min(between - before, after - between) > STEADY * (after - before)
+            if after > before * GROWTH + spare and goes_on:
                 yield f"{name} ({pid}): {resource} grew from {before:.0f} to {after:.0f}"
 
 

@@ -116,6 +116,12 @@ def test_a_good_run_breaks_no_rule() -> None:
     assert rules.violations(GOOD) == []
 
 
+@pytest.mark.parametrize("at", range(0, 40, 5))
+def test_a_step_is_no_growth(at: int) -> None:
+    grown = [replace(sample, sockets=50) if sample.at >= at else sample for sample in samples()]
+    assert rules.violations(replace(GOOD, samples=grown)) == []
+
+
 @pytest.mark.parametrize(("rule", "changes"), CASES)
 def test_each_violation_is_found_by_its_rule(rule: str, changes: dict[str, object]) -> None:
     found = {violation.rule for violation in rules.violations(replace(GOOD, **changes))}
