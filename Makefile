@@ -21,6 +21,7 @@ run:  ## run the API, a worker and a database with the demo model, until Ctrl-C
 test: environment lint typecheck contracts  ## run everything that CI checks; TESTS="-k name" selects tests, PROCESSES=1 runs them one by one
 	@$(VENV)/python -m tests.services.browser
 	@$(VENV)/python -m tests.services.pgbouncer
+	@$(VENV)/python -m tests.services.clock
 	@$(VENV)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: environment  ## check style with ruff

@@ -15,12 +15,17 @@ from sqlalchemy import make_url
 from tests.chaos.network import NORMAL, Behavior, Link, http_answer
 from tests.chaos.world import LEASE_S, Servers, Slot, World
 from tests.conftest import migrate
-from tests.services import postgres
+from tests.services import clock, postgres
+from tests.services.clock import Clock
 from tests.services.process import Running
 
 Act = Callable[[World], None]
 MOST_NOTIFICATIONS = 200
 SERVICES = ("database", "broker", "storage")
+FARTHEST_HOST_S = 2 * 86_400
+"""Farther than idempotency keys live."""
+FARTHEST_DATABASE_S = 6 * 3600
+"""Less than anything is retained: whatever the database's clock says is over is deleted."""
 COMMITS_LOST = Behavior(loses_answers_to=b"COMMIT", loss_rate=0.3)
 XML_ERROR = b'<?xml version="1.0"?><Error><Code>%s</Code><Message>by a test</Message></Error>'
 
@@ -258,6 +263,63 @@ def _kills_during_outage(world: World) -> None:
         world.pass_time(_lasting(world))
 
 
+# Clocks
+
+
+def _wrong_clock(role: str) -> Act:
+    """Set one host's clock ahead or back, and later right again."""
+
+    def act(world: World) -> None:
+        with _set(world.random.choice(world.of_role(role)).clock, _some_offset_s(world, FARTHEST_HOST_S)):
+            world.pass_time(_lasting(world))
+
+    return act
+
+
+def _wrong_database_clock(world: World) -> None:
+    with _set(_servers(world).clock, _some_offset_s(world, FARTHEST_DATABASE_S)):
+        world.pass_time(_lasting(world))
+
+
+def _database_clock_set_back(world: World) -> None:
+    """Set the database's clock back when processes die, whose leases then seem to last for hours."""
+    with _set(_servers(world).clock, FARTHEST_DATABASE_S):
+        world.pass_time(_lasting(world))
+        _kill_leaseholders(world)
+
+
+def _wrong_host_clock(world: World) -> None:
+    """Set the only host's clock, which is also the database's."""
+    with _set(world.slots[0].clock, _some_offset_s(world, FARTHEST_DATABASE_S)):
+        world.pass_time(_lasting(world))
+
+
+def _host_clock_set_back(world: World) -> None:
+    with _set(world.slots[0].clock, FARTHEST_DATABASE_S):
+        world.pass_time(_lasting(world))
+        _kill_leaseholders(world)
+
+
+def _kill_leaseholders(world: World) -> None:
+    world.random.choice(world.of_role("worker")).signal(signal.SIGKILL)
+    for slot in world.of_role("maintenance"):
+        slot.signal(signal.SIGKILL)
+
+
+def _some_offset_s(world: World, farthest_s: int) -> int:
+    return world.random.choice((-1, 1)) * world.random.randint(60, farthest_s)
+
+
+@contextmanager
+def _set(clock: Clock | None, offset_s: int) -> Generator[None]:
+    assert clock is not None, "this fault needs clocks that may be set: install libfaketime"
+    clock.set(offset_s)
+    try:
+        yield
+    finally:
+        clock.set(0)
+
+
 # Receivers
 
 
@@ -357,6 +419,13 @@ FAULTS = {
         Fault("storage_hangs", "storage", _hung(lambda servers: servers.s3_service.running)),
         Fault("storage_away_35_s", "storage", _long_outage),
         Fault("storage_away_and_kill", "storage", _kills_during_outage),
+        Fault("api_clock_wrong", "clock", _wrong_clock("api")),
+        Fault("worker_clock_wrong", "clock", _wrong_clock("worker")),
+        Fault("maintenance_clock_wrong", "clock", _wrong_clock("maintenance")),
+        Fault("database_clock_wrong", "clock", _wrong_database_clock),
+        Fault("database_clock_set_back", "clock", _database_clock_set_back),
+        Fault("host_clock_wrong", "clock", _wrong_host_clock),
+        Fault("host_clock_set_back", "clock", _host_clock_set_back),
         Fault("disk_full", "folder", _full_disk),
         Fault("notifications_broken", "folder", _broken_notifications),
         Fault("receiver_fails", "receiver", _failing_receiver),
@@ -378,6 +447,8 @@ def selected(names: str, embedded: bool) -> list[Fault]:
 
 
 def _is_possible(fault: Fault, embedded: bool) -> bool:
+    if fault.group == "clock":
+        return clock.installed() is not None and fault.name.startswith("host") == embedded
     if not embedded:
         return fault.group != "folder"
     if fault.name == "disk_full" and os.geteuid() != 0:

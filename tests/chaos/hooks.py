@@ -1,13 +1,19 @@
-"""The callers' webhook receiver: verifies each webhook as it arrives; can answer an error, or hang."""
+"""The callers' webhook receiver: verifies each webhook as it arrives; can answer an error, or hang.
+
+Like any receiver it refuses one whose timestamp is too far from its own clock, and expects it again later.
+"""
 
 import asyncio
 import json
+import time
 
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from tests.acceptance.installation import WEBHOOK_SECRET
 from tests.chaos.facts import Delivery
 from tests.chaos.network import Loop, http_answer
+
+TOLERANCE_S = 300.0
 
 
 class Hooks:
@@ -46,6 +52,8 @@ class Hooks:
             body = await reader.readexactly(int(headers["content-length"]))
             if not self._normal.is_set():
                 await self._normal.wait()
+            elif not _is_timely(headers):
+                writer.write(http_answer(400, "Bad Request", b"this timestamp is not now"))
             elif self._status == 200:
                 self.deliveries.append(_delivery(headers, body))
                 writer.write(http_answer(200, "OK"))
@@ -56,6 +64,10 @@ class Hooks:
             pass
         finally:
             writer.close()
+
+
+def _is_timely(headers: dict[str, str]) -> bool:
+    return abs(time.time() - float(headers["webhook-timestamp"])) < TOLERANCE_S
 
 
 def _delivery(headers: dict[str, str], body: bytes) -> Delivery:

@@ -47,7 +47,12 @@ def run(plan: Plan) -> Report:
         temporary = tempfile.TemporaryDirectory(prefix="zimage-chaos-", ignore_cleanup_errors=True)
         folder = Path(stack.enter_context(temporary))
         loop = stack.enter_context(looping())
-        opened = embedded(folder, loop, plan.seed) if plan.embedded else fleet(folder, loop, plan.seed, plan.workers)
+        clocks = any(fault.group == "clock" for fault in plan.faults)
+        opened = (
+            embedded(folder, loop, plan.seed, clocks)
+            if plan.embedded
+            else fleet(folder, loop, plan.seed, plan.workers, clocks)
+        )
         world = stack.enter_context(opened)
         return _Run(plan, world, loop).run()
 

@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1200)]
 # One of each kind of fault that the service must survive without a violation; those that end soon.
 SHORT = (
     "worker_killed", "api_killed", "maintenance_terminated", "database_crashed", "database_commit_lost", "database_cut",
-    "broker_flushed", "broker_killed", "storage_503", "storage_put_lost", "receiver_fails",
+    "database_clock_set_back", "broker_flushed", "broker_killed", "storage_503", "storage_put_lost", "receiver_fails",
 )  # fmt: skip
 
 

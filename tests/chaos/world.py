@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -27,10 +27,11 @@ from tests.chaos.network import NORMAL, Link, Loop
 from tests.chaos.stores import UNAVAILABLE, FolderStore, ServerStore, Store
 from tests.conftest import migrate
 from tests.integration.installation import Installation
+from tests.services import clock, process
 from tests.services import postgres as postgres_server
-from tests.services import process
 from tests.services import redis as redis_server
 from tests.services import s3 as s3_server
+from tests.services.clock import Clock
 from tests.services.postgres import Postgres
 from tests.services.process import Running
 from tests.services.redis import Redis
@@ -63,6 +64,7 @@ class Slot:
     name: str
     role: str
     start: Callable[[], Running]
+    clock: Clock | None = None
     running: Running | None = None
     held_down: bool = False
     ended_at: float | None = None
@@ -101,6 +103,8 @@ class Servers:
     redis_service: Service
     bucket: Bucket
     s3_service: Service
+    clock: Clock | None
+    """That of PostgreSQL."""
 
     @property
     def address(self) -> str:
@@ -169,12 +173,18 @@ class World:
         return all(answer.is_success and answer.json()["workers"] >= present for answer in answers)
 
     def heal(self) -> None:
-        """Undo what a fault may have left: links pass again, processes go on and may start."""
+        """Undo what a fault may have left: links pass again, clocks are right, processes go on and may start."""
         for link in self.links.values():
             link.behave(NORMAL)
+        for adjusted in self._clocks():
+            adjusted.set(0)
         for slot in self.slots:
             slot.held_down = False
             slot.signal(signal.SIGCONT)
+
+    def _clocks(self) -> list[Clock]:
+        every = [slot.clock for slot in self.slots] + ([self.servers.clock] if self.servers else [])
+        return [found for found in every if found is not None]
 
     def _read_states(self) -> None:
         """Note every terminal state that was not seen before, or that has changed."""
@@ -187,11 +197,14 @@ class World:
 
 
 @contextmanager
-def servers() -> Generator[Servers]:
+def servers(clock: Clock | None = None) -> Generator[Servers]:
     """Run PostgreSQL, Redis and SeaweedFS, with an empty database at the newest revision and an empty bucket."""
     # A commit must survive an immediate restart, as it would on a disk.
     with (
-        postgres_server.restartable(synchronous_commit="on") as (postgres, postgres_service),
+        postgres_server.restartable(clock.prefix if clock else (), synchronous_commit="on") as (
+            postgres,
+            postgres_service,
+        ),
         redis_server.restartable() as (redis, redis_service),
         s3_server.restartable() as (s3, s3_service),
         s3.bucket() as bucket,
@@ -200,16 +213,18 @@ def servers() -> Generator[Servers]:
         migrate(url)
         name = make_url(url).database
         assert name is not None
-        yield Servers(postgres, postgres_service, name, redis, redis_service, bucket, s3_service)
+        yield Servers(postgres, postgres_service, name, redis, redis_service, bucket, s3_service, clock)
 
 
 @contextmanager
-def fleet(folder: Path, loop: Loop, seed: int, workers: int = 2, **more: Any) -> Generator[World]:
+def fleet(
+    folder: Path, loop: Loop, seed: int, workers: int = 2, with_clocks: bool = False, **more: Any
+) -> Generator[World]:
     """Run an installation on several hosts: two APIs behind one port, workers and maintenance, each behind links.
 
-    `more` adds settings by dotted name.
+    `with_clocks` gives each of them, and PostgreSQL, a clock that a fault may set. `more` adds settings by dotted name.
     """
-    with servers() as services:
+    with _clocks(with_clocks) as new_clock, servers(new_clock("postgres")) as services:
         redis_url, endpoint = make_url(services.redis.url), make_url(services.bucket.endpoint_url)
         ports = {"database": services.postgres.url.port, "broker": redis_url.port, "storage": endpoint.port}
         links = {
@@ -222,7 +237,7 @@ def fleet(folder: Path, loop: Loop, seed: int, workers: int = 2, **more: Any) ->
         balancer = Link(loop, *api_ports)
         url = f"http://127.0.0.1:{balancer.port}"
 
-        def installation(role: str, **changes: Any) -> Installation:
+        def slot(name: str, role: str, package: str, *arguments: str, **changes: Any) -> Slot:
             database = services.postgres.url.set(port=links[role, "database"].port, database=services.database)
             given = {
                 **SETTINGS,
@@ -235,16 +250,14 @@ def fleet(folder: Path, loop: Loop, seed: int, workers: int = 2, **more: Any) ->
                 "server.public_url": url,
                 **more,
             }
-            return Installation(folder, given).changed(**changes)
+            own = Installation(folder, {**given, **changes})
+            return _slot(own, name, role, package, *arguments, clock=new_clock(name))
 
         slots = [
-            Slot(name, "api", _starter(installation("api", server__port=port), "server", name))
-            for port, name in zip(api_ports, (f"api-{number}" for number in range(APIS)), strict=True)
+            *(slot(f"api-{n}", "api", "server", **{"server.port": port}) for n, port in enumerate(api_ports)),
+            *(slot(f"worker-{n}", "worker", "tests.chaos.stand_in_worker") for n in range(workers)),
+            slot("maintenance", "maintenance", "worker", "maintenance"),
         ]
-        for name in (f"worker-{number}" for number in range(workers)):
-            slots.append(Slot(name, "worker", _starter(installation("worker"), "tests.chaos.stand_in_worker", name)))
-        maintenance = _starter(installation("maintenance"), "worker", "maintenance", "maintenance")
-        slots.append(Slot("maintenance", "maintenance", maintenance))
         store = ServerStore(services.address, services.bucket)
         hooks, source = Hooks(loop), random.Random(seed)
         with _running(World(folder, loop, source, url, hooks, slots, store, services, links)) as world:
@@ -252,10 +265,11 @@ def fleet(folder: Path, loop: Loop, seed: int, workers: int = 2, **more: Any) ->
 
 
 @contextmanager
-def embedded(folder: Path, loop: Loop, seed: int) -> Generator[World]:
+def embedded(folder: Path, loop: Loop, seed: int, with_clocks: bool = False) -> Generator[World]:
     """Run an installation in one folder, as `make run` does: SQLite, the folder broker, images in a folder.
 
-    Root gets a small file system for the folder, which a fault may fill.
+    Root gets a small file system for the folder, which a fault may fill. `with_clocks` gives its processes a clock that
+    a fault may set.
     """
     with ExitStack() as stack:
         if os.geteuid() == 0:
@@ -265,9 +279,10 @@ def embedded(folder: Path, loop: Loop, seed: int) -> Generator[World]:
         port = process.free_port()
         given = {**SETTINGS, "worker.maintenance": True, "server.port": port}
         installation = Installation(folder, given)
+        clock = stack.enter_context(_clocks(with_clocks))("host")
         slots = [
-            Slot("api", "api", _starter(installation, "server", "api")),
-            Slot("worker", "worker", _starter(installation, "tests.chaos.stand_in_worker", "worker")),
+            _slot(installation, "api", "api", "server", clock=clock),
+            _slot(installation, "worker", "worker", "tests.chaos.stand_in_worker", clock=clock),
         ]
         url, source = f"http://127.0.0.1:{port}", random.Random(seed)
         world = World(folder, loop, source, url, Hooks(loop), slots, FolderStore(folder), None, {})
@@ -288,8 +303,18 @@ def _end(slot: Slot) -> None:
         slot.running.stop(signal.SIGKILL)
 
 
-def _starter(installation: Installation, package: str, name: str, *arguments: str) -> Callable[[], Running]:
-    return lambda: installation.start(package, name, *arguments)
+@contextmanager
+def _clocks(are_wanted: bool) -> Generator[Callable[[str], Clock | None]]:
+    if are_wanted:
+        with clock.adjustable() as new_clock:
+            yield new_clock
+    else:
+        yield lambda _name: None
+
+
+def _slot(installation: Installation, name: str, role: str, package: str, *arguments: str, clock: Clock | None) -> Slot:
+    own = replace(installation, prefix=clock.prefix if clock else ())
+    return Slot(name, role, lambda: own.start(package, name, *arguments), clock)
 
 
 def _sample(slot: Slot, now: float) -> Sample | None:

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ class Installation:
 
     folder: Path
     given: dict[str, Any]
+    prefix: Sequence[str] = ()
+    """What comes before the command of each of its processes."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -56,7 +58,7 @@ class Installation:
     def changed(self, **settings: Any) -> "Installation":
         """Return this installation with other settings; `server__port=1` sets `server.port`."""
         other = {name.replace("__", "."): value for name, value in settings.items()}
-        return Installation(self.folder, {**self.given, **other})
+        return Installation(self.folder, {**self.given, **other}, self.prefix)
 
     @contextmanager
     def database(self) -> Iterator[Database]:
@@ -68,7 +70,7 @@ class Installation:
         """Start `python -m package`, with its log in the data folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"{name or package}.log"
-        command = [sys.executable, "-m", package, *arguments]
+        command = [*self.prefix, sys.executable, "-m", package, *arguments]
         return process.start(command, log, environment=self.environment, folder=TREE)
 
     @contextmanager

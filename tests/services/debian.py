@@ -5,10 +5,10 @@ import shutil
 import subprocess
 
 
-def install(package: str) -> None:
-    """Try to install a package; does nothing unless root calls it on a system with apt-get."""
+def install(*packages: str) -> None:
+    """Try to install packages; does nothing unless root calls it on a system with apt-get."""
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         return
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "--yes", "--no-install-recommends", package]):
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
         subprocess.run(["apt-get", "--quiet", *command], env=environment, stdin=subprocess.DEVNULL, check=False)

@@ -11,7 +11,7 @@ import pwd
 import shutil
 import signal
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -88,8 +88,11 @@ def frozen(service: Service) -> Generator[None]:
 
 
 @contextmanager
-def restartable(**more_options: Any) -> Generator[tuple[Postgres, Service]]:
-    """Yield a server of its own, which may be ended and started again; `more_options` are parameters of PostgreSQL."""
+def restartable(prefix: Sequence[str] = (), **more_options: Any) -> Generator[tuple[Postgres, Service]]:
+    """Yield a server of its own, which may be ended and started again.
+
+    `prefix` comes before its command; `more_options` are parameters of PostgreSQL.
+    """
     with tempfile.TemporaryDirectory(prefix="zimage-postgres-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         account = other_account()
@@ -103,7 +106,13 @@ def restartable(**more_options: Any) -> Generator[tuple[Postgres, Service]]:
             "listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": "", "max_connections": 200,
             "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", **more_options,
         }  # fmt: skip
-        command = [binaries / "postgres", "-D", files, *(f"--{name}={value}" for name, value in options.items())]
+        command = [
+            *prefix,
+            binaries / "postgres",
+            "-D",
+            files,
+            *(f"--{name}={value}" for name, value in options.items()),
+        ]
         postgres = Postgres(make_url(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"))
 
         def begin() -> process.Running:

@@ -7,8 +7,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from zcore.jobs import leadership
-from zcore.jobs.database import Database
+from zcore.jobs import leadership, recovery
+from zcore.jobs.database import Database, Transaction
 from zcore.telemetry import log
 
 WORK = "maintenance"
@@ -46,7 +46,7 @@ class Leadership:
         if not self.is_held and not self._is_free(asked_at):
             return False
         with self._database.write() as transaction:
-            taken = leadership.take(transaction, WORK, self.holder, TERM_S)
+            taken = leadership.take(transaction, WORK, self.holder, TERM_S) or self._follow_clock(transaction)
         if not taken:
             self.lose()
             return False
@@ -70,11 +70,26 @@ class Leadership:
             with self._database.write() as transaction:
                 leadership.resign(transaction, WORK, self.holder)
 
+    def _follow_clock(self, transaction: Transaction) -> bool:
+        """Take the leadership if nobody could because the database's clock was set back; return whether it is so.
+
+        Everything else that waits for a time is brought forward with it.
+        """
+        set_back_s = leadership.end_term_of_another_time(transaction, WORK, TERM_S)
+        if not set_back_s:
+            return False
+        log.warning("maintenance.clock_set_back", set_back_s=round(set_back_s))
+        recovery.follow_clock(transaction, set_back_s)
+        return leadership.take(transaction, WORK, self.holder, TERM_S)
+
     def _is_free(self, asked_at: float) -> bool:
-        """Return whether nobody leads; if somebody does, do not look again before that term is over."""
+        """Return whether nobody leads, or only by a term from before a clock was set back.
+
+        If somebody does, do not look again before that term is over.
+        """
         with self._database.read() as transaction:
             remaining_s = leadership.remaining_s(transaction, WORK)
-        if remaining_s <= 0:
+        if not 0 < remaining_s <= TERM_S + leadership.CLOCK_TOLERANCE_S:
             return True
         self._look_at = asked_at + remaining_s + random.uniform(0, LONGEST_JITTER_S)
         return False

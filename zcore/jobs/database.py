@@ -30,6 +30,7 @@ from sqlalchemy import (
     Dialect,
     Engine,
     ExceptionContext,
+    Interval,
     TextClause,
     create_engine,
     event,
@@ -42,7 +43,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from zcore.errors import ConfigurationError
 from zcore.foreign_text import first_line
@@ -178,6 +179,12 @@ class Transaction:
         if self._clock is not None:
             return literal(self.now + offset, UtcDateTime())
         return func.now() + offset
+
+    def earlier(self, column: InstrumentedAttribute[Any], by_s: float) -> ColumnElement[datetime]:
+        """Return the time in a column minus some seconds, as an expression."""
+        if self.is_postgresql:
+            return column - literal(timedelta(seconds=by_s), Interval())
+        return func.strftime("%Y-%m-%d %H:%M:%f000", column, f"-{by_s:.3f} seconds", type_=UtcDateTime())
 
     def new_id(self) -> uuid.UUID:
         """Return a new UUIDv7. Ids sort by time, and those of one process in the order in which they were made."""

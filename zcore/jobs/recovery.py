@@ -13,7 +13,7 @@ from zcore.jobs.claims import Lease, holds
 from zcore.jobs.database import Condition, Transaction
 from zcore.jobs.guarded_update import NO_LEASE, NO_PROGRESS, cancel_if_requested, record_event
 from zcore.jobs.lifecycle import IDEMPOTENCY_KEY_LIFETIME, MAX_ATTEMPTS_BEGUN, POISON, Failure
-from zcore.jobs.models import READY, IdempotencyKey, Job, QueueEntry
+from zcore.jobs.models import READY, IdempotencyKey, Job, QueueEntry, WebhookEvent, Worker
 from zcore.stages import Stage
 
 RESCUE_BATCH = 100
@@ -76,6 +76,28 @@ def mark_notified(transaction: Transaction, stage: Stage, overdue_s: float, limi
             .execution_options(synchronize_session=False)
         )
     return len(ids)
+
+
+def follow_clock(transaction: Transaction, set_back_s: float) -> None:
+    """Bring forward what waits for a time, because the database's clock was set back by `set_back_s` seconds.
+
+    Otherwise jobs of dead workers, retries, notifications and webhooks would wait until it shows the same time again. A
+    lease that was renewed since then is left alone. What is only deleted later than it should be waits, too.
+    """
+    now, before = transaction.time(), transaction.time(set_back_s)
+    for table, column, since in (
+        (QueueEntry, QueueEntry.lease_until, before),
+        (QueueEntry, QueueEntry.available_at, now),
+        (QueueEntry, QueueEntry.notified_at, now),
+        (WebhookEvent, WebhookEvent.next_attempt_at, now),
+        (Worker, Worker.seen_at, now),
+    ):
+        transaction.session.execute(
+            update(table)
+            .where(column > since)
+            .values({column: transaction.earlier(column, set_back_s)})
+            .execution_options(synchronize_session=False)
+        )
 
 
 def is_lost(transaction: Transaction) -> tuple[Condition, ...]:

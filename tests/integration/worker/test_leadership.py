@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from tests.integration.jobs.examples import Clock
+from tests.integration.jobs.examples import Clock, claim, rescue, submit
 from tests.integration.worker.conftest import DAY_S, LEASE_S, Environment
 from tests.statements import counted
 from worker.maintenance.leadership import WORK, Leadership
@@ -59,6 +59,23 @@ def test_a_leader_that_is_killed_is_replaced_within_ten_seconds(candidates: list
         leaders(others)
     assert len([other for other in others if other.is_held]) == 1
     assert not killed.seek(), "it was only suspended, and comes back"
+
+
+def test_a_leader_follows_the_clock_of_the_database(each_database_url: str, clock: Clock) -> None:
+    steady = Clock()
+    with closing(Database(each_database_url, clock=clock)) as database:
+        candidates = [Leadership(database, lambda: steady.now.timestamp()) for _ in range(3)]
+        (leader,) = leaders(candidates)
+        job = submit(database)
+        claim(database)
+        clock.advance(-3600)
+        for seconds in range(1, 60):
+            clock.advance(1)
+            steady.advance(1)
+            found = leaders(candidates)
+            assert found == [leader] or seconds < 20  # another may take the lead, but only one leads
+            leader = found[-1]
+        assert [rescued.id for rescued in rescue(database)] == [job.id]
 
 
 def test_a_leader_that_stops_is_replaced(candidates: list[Leadership], clock: Clock) -> None:
