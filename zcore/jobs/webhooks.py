@@ -30,6 +30,7 @@ class DueWebhook:
     output_keys: Mapping[int, str]
     created_at: datetime
     attempt: int
+    claimed_at: datetime
     held_until: datetime  # identifies the claim; an attempt recorded after it is lost does not reschedule the event
 
 
@@ -81,6 +82,7 @@ def claim_due(transaction: Transaction, limit: int, hold_s: float) -> list[DueWe
             keys.get(event.job_id, {}),
             event.created_at,
             event.attempt,
+            transaction.now,
             held_until,
         )
         for event in events

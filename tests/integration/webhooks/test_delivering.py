@@ -56,6 +56,23 @@ def test_a_changed_body_or_another_secret_does_not_verify(database: Database, re
         Webhook("whsec_" + "b" * 44).verify(request.body, request.headers)
 
 
+def test_a_webhook_is_signed_at_the_time_of_the_database(each_database_url: str, receiver: Receiver) -> None:
+    moment = datetime(2031, 5, 4, 12, 0, tzinfo=UTC)
+    with closing(Database(each_database_url, clock=lambda: moment)) as database:
+        job = ended_job(database, receiver.url)
+        settings = WebhooksSettings(allow_private_addresses=True)
+        shutdown = Shutdown(grace_s=0)
+        deliverer = Deliverer(database, link, PUBLIC_URL, SECRET, settings, interval_s=0.05, shutdown=shutdown)
+        deliverer.start()
+        try:
+            attempts_of(database, job, 1)
+        finally:
+            shutdown.begin()
+            deliverer.stop()
+    (request,) = receiver.requests
+    assert int(request.headers["webhook-timestamp"]) == moment.timestamp()
+
+
 def test_a_delivered_event_is_recorded_and_not_sent_again(database: Database, receiver: Receiver, start: Start) -> None:
     receiver.script(status(204))
     job = ended_job(database, receiver.url)
