@@ -72,7 +72,7 @@ def create_app(settings: Settings) -> Litestar:
     keys = load_keys(settings)
     database = Database(settings.database_url, settings.database.pool_size)
     storage = open_storage(settings, keys.link)
-    prepare_in_background(storage)
+    stop_preparing = prepare_in_background(storage)
     callers = Callers(keys.api, keys.admin, KeyGuesses())
     notifier = Notifier(make_app(settings))
     prompt_check = PromptCheck.load(settings.templates_paths, settings.model_location)
@@ -85,6 +85,7 @@ def create_app(settings: Settings) -> Litestar:
         threads.use_by_default()
         with drain.delaying_signals():
             yield
+        stop_preparing()
         threads.close()
         notifier.close()
         database.close()

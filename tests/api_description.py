@@ -6,6 +6,7 @@ from typing import Any
 import httpx
 import jsonschema_rs
 import msgspec
+from litestar.testing import TestClient
 
 from server.app import create_app
 from zcore.settings import Settings
@@ -18,7 +19,8 @@ OPEN_OBJECTS = {"JobEngine"}
 
 def document_of(settings: Settings) -> dict[str, Any]:
     """Return the OpenAPI document of a server with these settings."""
-    document: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(create_app(settings).openapi_schema.to_schema()))
+    with TestClient(create_app(settings)) as client:  # which closes everything that the server has opened
+        document: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(client.app.openapi_schema.to_schema()))
     return document
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from standardwebhooks import Webhook
 
 from tests.acceptance.installation import WEBHOOK_SECRET, distributed, working
@@ -19,7 +19,7 @@ from tests.services.redis import Redis
 from tests.services.s3 import Bucket
 from tests.waiting import wait_until
 from zcore.jobs.database import Database
-from zcore.jobs.models import Event, Job, Output, QueueEntry
+from zcore.jobs.models import Event, Job, Leftover, Output, QueueEntry
 from zcore.jobs.states import State
 
 pytestmark = pytest.mark.acceptance
@@ -64,6 +64,7 @@ def test_each_of_a_hundred_jobs_succeeds_once_despite_a_killed_worker_a_flushed_
             ids += submit(restarted, receiver, range(JOBS // 2, JOBS))
             wait_until(lambda: count(database, State.SUCCEEDED) == JOBS, timeout_s=400, every_s=0.25)
             wait_until(lambda: len({post.headers["webhook-id"] for post in receiver.requests}) >= JOBS, timeout_s=60)
+            wait_for_images_only(database, s3)
 
     assert len(set(ids)) == JOBS
     assert_each_succeeded_once(database, ids)
@@ -130,16 +131,28 @@ def assert_each_succeeded_once(database: Database, ids: list[str]) -> None:
     assert succeeded == Counter(ids)
 
 
+def wait_for_images_only(database: Database, s3: Bucket) -> None:
+    """Wait until the killed worker's images are deleted too, as if the delay of deletions were over."""
+    with database.write() as transaction:
+        transaction.session.execute(update(Leftover).values(due_at=transaction.now))
+    wait_until(lambda: len(stored(s3)) == JOBS, timeout_s=60)
+
+
+def stored(s3: Bucket) -> list[str]:
+    with s3.client() as client:
+        return [entry.get("Key", "") for entry in client.list_objects_v2(Bucket=s3.name).get("Contents", [])]
+
+
 def assert_storage_holds_exactly_the_outputs(database: Database, s3: Bucket) -> None:
     with database.read() as transaction:
         outputs = {row.key: row.sha256 for row in transaction.session.scalars(select(Output))}
     assert len(outputs) == JOBS
     with s3.client() as client:
-        keys = [entry.get("Key", "") for entry in client.list_objects_v2(Bucket=s3.name).get("Contents", [])]
-        stored = {
-            key: hashlib.sha256(client.get_object(Bucket=s3.name, Key=key)["Body"].read()).hexdigest() for key in keys
+        found = {
+            key: hashlib.sha256(client.get_object(Bucket=s3.name, Key=key)["Body"].read()).hexdigest()
+            for key in stored(s3)
         }
-    assert stored == outputs
+    assert found == outputs
 
 
 def assert_one_webhook_per_job(receiver: Receiver, ids: list[str]) -> None:
