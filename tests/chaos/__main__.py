@@ -19,10 +19,16 @@ def main() -> int:
     parser.add_argument("--kills", type=float, default=0.0, help="share of jobs that kill their worker")
     parser.add_argument("--raises", type=float, default=0.0, help="share of jobs that raise an error in their worker")
     parser.add_argument("--embedded", action="store_true", help="in one folder, on SQLite, instead of on servers")
+    parser.add_argument("--beside", default="", help="git revision of which one more API and one more worker run")
     chosen = parser.parse_args()
+    if chosen.embedded and chosen.beside:
+        parser.error("--beside is for servers: one folder has one API and one worker")
     faults = [] if chosen.faults == "none" else selected(chosen.faults, chosen.embedded)
     mix = Mix(kills=chosen.kills, raises=chosen.raises)
-    plan = Plan(chosen.minutes, chosen.seed, faults, chosen.callers, chosen.pause, chosen.workers, chosen.embedded, mix)
+    plan = Plan(
+        chosen.minutes, chosen.seed, faults, chosen.callers, chosen.pause, chosen.workers, chosen.embedded, mix,
+        chosen.beside,
+    )  # fmt: skip
     print(f"{plan.minutes:g} minutes, seed {plan.seed}, faults: {chosen.faults}", flush=True)
     report = run(plan)
     print(report)

@@ -39,6 +39,8 @@ class Plan:
     embedded: bool = False
     """Whether everything is in one folder, on SQLite, instead of on servers."""
     mix: Mix = CALM_MIX
+    beside: str = ""
+    """A git revision of which one more API and one more worker run."""
 
 
 def run(plan: Plan) -> Report:
@@ -51,7 +53,7 @@ def run(plan: Plan) -> Report:
         opened = (
             embedded(folder, loop, plan.seed, clocks)
             if plan.embedded
-            else fleet(folder, loop, plan.seed, plan.workers, clocks)
+            else fleet(folder, loop, plan.seed, plan.workers, clocks, plan.beside)
         )
         world = stack.enter_context(opened)
         return _Run(plan, world, loop).run()

@@ -5,10 +5,13 @@ Only the main thread starts processes, because they end with the thread that sta
 """
 
 import contextlib
+import io
 import os
 import random
 import signal
 import subprocess
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,7 +29,7 @@ from tests.chaos.hooks import Hooks
 from tests.chaos.network import NORMAL, Link, Loop
 from tests.chaos.stores import UNAVAILABLE, FolderStore, ServerStore, Store
 from tests.conftest import migrate
-from tests.integration.installation import Installation
+from tests.integration.installation import TREE, Installation
 from tests.services import clock, process
 from tests.services import postgres as postgres_server
 from tests.services import redis as redis_server
@@ -218,13 +221,14 @@ def servers(clock: Clock | None = None) -> Generator[Servers]:
 
 @contextmanager
 def fleet(
-    folder: Path, loop: Loop, seed: int, workers: int = 2, with_clocks: bool = False, **more: Any
+    folder: Path, loop: Loop, seed: int, workers: int = 2, with_clocks: bool = False, beside: str = "", **more: Any
 ) -> Generator[World]:
     """Run an installation on several hosts: two APIs behind one port, workers and maintenance, each behind links.
 
-    `with_clocks` gives each of them, and PostgreSQL, a clock that a fault may set. `more` adds settings by dotted name.
+    `with_clocks` gives each of them, and PostgreSQL, a clock that a fault may set. `beside` is a git revision of which
+    one more API and one more worker run. `more` adds settings by dotted name.
     """
-    with _clocks(with_clocks) as new_clock, servers(new_clock("postgres")) as services:
+    with _clocks(with_clocks) as new_clock, servers(new_clock("postgres")) as services, _tree_of(beside) as other_tree:
         redis_url, endpoint = make_url(services.redis.url), make_url(services.bucket.endpoint_url)
         ports = {"database": services.postgres.url.port, "broker": redis_url.port, "storage": endpoint.port}
         links = {
@@ -234,10 +238,11 @@ def fleet(
             if port is not None
         }
         api_ports = process.free_ports(APIS)
-        balancer = Link(loop, *api_ports)
+        other_port = process.free_port()
+        balancer = Link(loop, *api_ports, *([other_port] if other_tree else []))
         url = f"http://127.0.0.1:{balancer.port}"
 
-        def slot(name: str, role: str, package: str, *arguments: str, **changes: Any) -> Slot:
+        def slot(name: str, role: str, package: str, *arguments: str, tree: Path = TREE, port: int = 0) -> Slot:
             database = services.postgres.url.set(port=links[role, "database"].port, database=services.database)
             given = {
                 **SETTINGS,
@@ -250,14 +255,17 @@ def fleet(
                 "server.public_url": url,
                 **more,
             }
-            own = Installation(folder, {**given, **changes})
+            own = Installation(folder, {**given, **({"server.port": port} if port else {})}, tree=tree)
             return _slot(own, name, role, package, *arguments, clock=new_clock(name))
 
         slots = [
-            *(slot(f"api-{n}", "api", "server", **{"server.port": port}) for n, port in enumerate(api_ports)),
+            *(slot(f"api-{n}", "api", "server", port=port) for n, port in enumerate(api_ports)),
             *(slot(f"worker-{n}", "worker", "tests.chaos.stand_in_worker") for n in range(workers)),
             slot("maintenance", "maintenance", "worker", "maintenance"),
         ]
+        if other_tree:
+            slots.append(slot("api-other", "api", "server", tree=other_tree, port=other_port))
+            slots.append(slot("worker-other", "worker", "tests.chaos.stand_in_worker", tree=other_tree))
         store = ServerStore(services.address, services.bucket)
         hooks, source = Hooks(loop), random.Random(seed)
         with _running(World(folder, loop, source, url, hooks, slots, store, services, links)) as world:
@@ -310,6 +318,19 @@ def _clocks(are_wanted: bool) -> Generator[Callable[[str], Clock | None]]:
             yield new_clock
     else:
         yield lambda _name: None
+
+
+@contextmanager
+def _tree_of(revision: str) -> Generator[Path | None]:
+    """Yield a folder with the files of a git revision; None if none is named."""
+    if not revision:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="zimage-tree-") as name:
+        archive = subprocess.run(["git", "archive", revision], cwd=TREE, stdout=subprocess.PIPE, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(name, filter="data")
+        yield Path(name)
 
 
 def _slot(installation: Installation, name: str, role: str, package: str, *arguments: str, clock: Clock | None) -> Slot:

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Installation:
     given: dict[str, Any]
     prefix: Sequence[str] = ()
     """What comes before the command of each of its processes."""
+    tree: Path = TREE
+    """The code that they run."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -58,7 +60,7 @@ class Installation:
     def changed(self, **settings: Any) -> "Installation":
         """Return this installation with other settings; `server__port=1` sets `server.port`."""
         other = {name.replace("__", "."): value for name, value in settings.items()}
-        return Installation(self.folder, {**self.given, **other}, self.prefix)
+        return replace(self, given={**self.given, **other})
 
     @contextmanager
     def database(self) -> Iterator[Database]:
@@ -71,7 +73,7 @@ class Installation:
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"{name or package}.log"
         command = [*self.prefix, sys.executable, "-m", package, *arguments]
-        return process.start(command, log, environment=self.environment, folder=TREE)
+        return process.start(command, log, environment=self.environment, folder=self.tree)
 
     @contextmanager
     def serving(self) -> Iterator[Server]:
